@@ -1,0 +1,150 @@
+"""ASM, the activation shift module: adapts activations, channel by channel, before the sign.
+
+BinaryViT, Xiao et al., arXiv 2305.14730 and IEEE TCSVT 2024, DOI 10.1109/TCSVT.2024.3457610.
+
+The abstracts say that ASM adapts the activation distribution, dynamically, before the sign
+function, against inter-channel variation. The formula is not public: the four forms below are
+*reconstructions*. For channel c of activation a,
+
+    A1  StaticShift        sign(a_c - b_c)                                    RSign of ReActNet
+    A2  DynamicShift       sign(a_c - b_c - g_c * mean_c(a))                  the default
+    A3  ScaledShift        sign((a_c - b_c) / s_c), s_c learned
+    A4  StandardizedShift  sign((a_c - m_c) / d_c - b_c), running mean m and deviation d
+
+A2's mean runs over the tokens of the same image (of the same window in Swin), so a prediction does
+not depend on its batch. In A3 and A4 the scale cannot change a sign; it rescales the window of the
+surrogate gradient. A1 is likely part of the paper's baseline; A2 is called the default because it
+alone is both dynamic and cheap. Costs per site: C parameters (A1), 2C (A2, A3), C and 2C running
+statistics (A4).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Shift(nn.Module, ABC):
+    """Maps activations to values whose sign is the binary activation.
+
+    Args:
+        shape: Trailing shape of the operand: (features,) for linear inputs, (heads, 1, head_dim)
+            for attention operands. Tokens are axis -2 in both.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.shift = nn.Parameter(torch.zeros(shape))
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Shift the activations."""
+
+    def calibrate(self, x: Float[Tensor, "..."]) -> None:
+        """See one calibration batch."""
+
+
+ShiftFactory = Callable[[tuple[int, ...]], Shift]
+
+
+class StaticShift(Shift):
+    """A1: a learned threshold for each channel (RSign)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x - shift`."""
+        return x - self.shift
+
+
+class DynamicShift(Shift):
+    """A2: a threshold that follows the channel's mean over the tokens of the image.
+
+    Args:
+        shape: Trailing shape of the operand.
+        gain: Start of the learned weight of the mean; 0 starts as A1, 1 as full centring.
+    """
+
+    def __init__(self, shape: tuple[int, ...], gain: float = 0.0) -> None:
+        super().__init__(shape)
+        self.gain = nn.Parameter(torch.full(shape, gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x - shift - gain * mean over tokens`."""
+        return x - torch.addcmul(self.shift, self.gain, x.mean(-2, keepdim=True))
+
+
+class ScaledShift(Shift):
+    """A3: a learned threshold and a learned scale that equalizes gradients over channels.
+
+    The scale starts at the channel's standard deviation, averaged over calibration batches.
+    """
+
+    num_batches: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(x - shift) / scale`; the scale counts by its size."""
+        return (x - self.shift) / self.scale.abs().clamp(min=1e-3)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Move the scale to the mean deviation of the batches seen."""
+        self.num_batches += 1
+        deviation = _moments(x, self.shape)[1].sqrt().clamp(min=1e-3)
+        self.scale.lerp_(deviation, 1 / self.num_batches)
+
+
+class StandardizedShift(Shift):
+    """A4: standardized by running statistics of training, then shifted by a learned threshold.
+
+    The running statistics also normalize in training, so there is no gap between training and
+    evaluation. At inference mean, deviation and shift fold into one threshold for each channel.
+
+    Args:
+        shape: Trailing shape of the operand.
+        momentum: Weight of a training batch in the running statistics.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    num_batches: Tensor
+
+    def __init__(self, shape: tuple[int, ...], momentum: float = 0.01) -> None:
+        super().__init__(shape)
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("variance", torch.ones(shape))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(x - mean) / deviation - shift`."""
+        if self.training:
+            self._update(x.detach(), self.momentum)
+        # A copy, since the next training batch moves the buffer before this one's backward.
+        deviation = self.variance.clone().add_(1e-6).sqrt_()
+        return (x - self.mean) / deviation - self.shift
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Average the statistics of calibration batches."""
+        self.num_batches += 1
+        self._update(x, 1 / int(self.num_batches))
+
+    def _update(self, x: Tensor, weight: float) -> None:
+        mean, variance = _moments(x, self.shape)
+        self.mean.lerp_(mean, weight)
+        self.variance.lerp_(variance, weight)
+
+
+def _moments(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over batch and tokens, for each channel, in the trailing shape."""
+    tokens_axis = x.ndim - 2
+    axes = [a for a in range(x.ndim) if a < x.ndim - len(shape) or a == tokens_axis]
+    variance, mean = torch.var_mean(x, dim=axes, correction=0)
+    return mean.reshape(shape), variance.reshape(shape)

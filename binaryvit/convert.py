@@ -1,0 +1,56 @@
+"""The switch `plain` / `react`: which blocks surround the binary operands.
+
+`plain` is `qat.convert_` with `BinaryQuantizers`: the architecture of the float model, unchanged.
+`react` is `react_` below: RPReLU and the extra shortcuts of `binaryvit.blocks`.
+"""
+
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from torch import nn
+
+from binaryvit.blocks import ContextShortcut, ReactLinear, ReactMlp
+from qat import Operand, Plan
+from qat.attention import QuantAttention
+from qat.convert import (
+    HANDLERS,
+    LAYER_OPERANDS,
+    Conversion,
+    Handler,
+    Maker,
+    convert_,
+    quant_linear,
+    quant_products,
+)
+from qat.quantizers import QuantizerFactory
+
+
+def react_linear(linear: nn.Linear, make: Maker) -> nn.Module:
+    """Twin of a linear layer; the plain one where its weight stays in float."""
+    weight = make(Operand.WEIGHT, tuple(linear.weight.shape))
+    if weight is None:
+        return quant_linear(linear, make)
+    return ReactLinear(linear, weight, make(Operand.INPUT, (linear.in_features,)))
+
+
+def react_attention(attention: Attention, make: Maker) -> QuantAttention:
+    """Twin of timm's attention with the shortcut around the context."""
+    products = quant_products(attention.num_heads, attention.head_dim, make)
+    return QuantAttention(attention, *products, ContextShortcut(attention.head_dim))
+
+
+def react_mlp(mlp: Mlp, make: Maker) -> ReactMlp:
+    """Twin of timm's MLP."""
+    return ReactMlp(mlp)
+
+
+REACT_HANDLERS = {
+    **HANDLERS,
+    nn.Linear: Handler(react_linear, LAYER_OPERANDS),
+    Attention: Handler(react_attention, HANDLERS[Attention].operands),
+    Mlp: Handler(react_mlp, ()),
+}
+
+
+def react_(model: nn.Module, plan: Plan, make_quantizer: QuantizerFactory) -> Conversion:
+    """`qat.convert_` with RPReLU and extra shortcuts around what the plan quantizes."""
+    return convert_(model, plan, make_quantizer, REACT_HANDLERS)

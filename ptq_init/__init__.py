@@ -1,0 +1,1 @@
+"""Post-training initialisers: one paper, one file, each a `qat.Initialiser`."""

@@ -1,0 +1,155 @@
+"""One file that rebuilds a model in an empty process.
+
+The file is a torch archive of plain data and tensors, read with `weights_only=True`: no pickled
+code runs. Beside the `state_dict` it holds a manifest: how to build the float model, the plan and
+factories of the conversion, the preprocessing, versions, and a hash of every tensor. Training
+checkpoints of Lightning carry the same manifest, so `load` reads both.
+"""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from qat.component import build, describe
+from qat.convert import convert_
+from qat.models import timm_model
+from qat.plan import Plan
+from qat.preprocessing import Preprocessing
+
+FORMAT = "lowbit-vit/1"
+MANIFEST = "lowbit"
+
+
+def manifest(model: nn.Module, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What rebuilds `model` around the tensors `state`.
+
+    Args:
+        model: A model from `qat.timm_model`, converted or not.
+        state: State dictionary that goes into the same file.
+        prefix: Prefix of the model's keys in `state`, such as `model.`.
+
+    Raises:
+        ValueError: If the model does not carry its recipe, or its factories cannot be named.
+    """
+    recipe, preprocessing = getattr(model, "recipe", None), getattr(model, "preprocessing", None)
+    if recipe is None or preprocessing is None:
+        raise ValueError(
+            "the model does not say how it was built, so a checkpoint could not rebuild it; build "
+            "it with qat.timm_model(name, ...) instead of timm.create_model"
+        )
+    conversion = getattr(model, "conversion", None)
+    return {
+        "format": FORMAT,
+        "model": recipe,
+        "preprocessing": preprocessing.to_dict(),
+        "conversion": None
+        if conversion is None
+        else {
+            "plan": conversion.plan.to_list(),
+            "make_quantizer": describe(conversion.make_quantizer),
+            "handlers": describe(conversion.handlers),
+        },
+        "prefix": prefix,
+        "sha256": digest(_select(state, prefix)),
+        "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
+    }
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model to one file, atomically: a reader sees the old file or the new one.
+
+    Raises:
+        ValueError: If the model cannot be rebuilt, see `manifest`.
+    """
+    state = model.state_dict()
+    part = Path(f"{path}.part")
+    torch.save({MANIFEST: manifest(model, state), "state_dict": state}, part)
+    os.replace(part, path)
+
+
+def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
+    """Rebuild the model in a file, in evaluation mode, with bit-identical logits.
+
+    Args:
+        path: A file from `save`, or a training checkpoint.
+        trust: Your own packages whose quantizers or handlers the file may name.
+
+    Raises:
+        ValueError: If the file is missing, damaged, of another program, or names code that is not
+            trusted.
+    """
+    checkpoint = read(path)
+    data = checkpoint[MANIFEST]
+    state = _select(checkpoint["state_dict"], data["prefix"])
+    if digest(state) != data["sha256"]:
+        raise ValueError(f"checkpoint '{path}' is damaged: its tensors do not match their hash")
+    model = timm_model(**data["model"])
+    model.preprocessing = Preprocessing.from_dict(data["preprocessing"])  # type: ignore[assignment]
+    if (conversion := data["conversion"]) is not None:
+        convert_(
+            model,
+            Plan.from_list(conversion["plan"]),
+            build(conversion["make_quantizer"], trust),
+            build(conversion["handlers"], trust),
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise ValueError(
+            f"checkpoint '{path}' does not fit the model it describes ({' '.join(lines)[:300]}); "
+            f"it was written with {data['versions']}"
+        ) from None
+    return model.eval()
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file as plain data, after checking every byte of it.
+
+    Raises:
+        ValueError: If it is missing, truncated, altered, or not a checkpoint of this program.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint '{path}'; expected a file from fit or quantize")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"checksum of '{broken}' does not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive can fail in any way while it is parsed
+        raise ValueError(
+            f"checkpoint '{path}' is truncated or damaged ({str(error).splitlines()[0][:160]}); "
+            "restore it from a copy, or resume from an earlier one in the same folder"
+        ) from None
+    found = checkpoint.get(MANIFEST, {}) if isinstance(checkpoint, dict) else {}
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"'{path}' is no {FORMAT} checkpoint (found format {found.get('format')}); for plain "
+            "float weights use the model's `weights` setting"
+        )
+    return checkpoint
+
+
+def digest(state: dict[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dictionary, in name order."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name]
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            sha.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        else:
+            sha.update(f"{name} {value!r}".encode())
+    return sha.hexdigest()
+
+
+def _select(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,133 @@
+"""Layers whose operands pass through quantizers.
+
+They own no arithmetic and keep the float module's parameter names, so that a float `state_dict`
+loads with only quantizer keys missing. None in place of a quantizer means full precision.
+"""
+
+from collections.abc import Iterator
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.quantizers import Phase, Quantizer
+
+
+def through(quantizer: Quantizer | None, x: Tensor) -> Tensor:
+    """Pass an operand through its quantizer, or as it is."""
+    return x if quantizer is None else quantizer(x)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized weight and input.
+
+    Args:
+        linear: The float layer; its parameters are taken over, not copied.
+        weight_quantizer: Quantizer of the weight (out_features, in_features).
+        input_quantizer: Quantizer of the input (..., in_features).
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight_quantizer: Quantizer | None = None,
+        input_quantizer: Quantizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        """Product of the quantized operands plus the float bias."""
+        weight = through(self.weight_quantizer, self.weight)
+        return F.linear(through(self.input_quantizer, x), weight, self.bias)
+
+
+class QuantConv2d(nn.Module):
+    """A 2-d convolution with a quantized weight and input.
+
+    Args:
+        conv: The float layer; its parameters are taken over, not copied.
+        weight_quantizer: Quantizer of the weight (out, in / groups, height, width).
+        input_quantizer: Quantizer of the input (batch, in, height, width).
+
+    Raises:
+        ValueError: If the layer pads otherwise than with zeros.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        weight_quantizer: Quantizer | None = None,
+        input_quantizer: Quantizer | None = None,
+    ) -> None:
+        super().__init__()
+        if conv.padding_mode != "zeros":
+            raise ValueError(
+                f"QuantConv2d pads with zeros only, the layer pads with '{conv.padding_mode}'; "
+                "keep it in float by a plan rule without specs"
+            )
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size = conv.kernel_size
+        self.stride, self.padding = conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+        self.weight = conv.weight
+        self.bias = conv.bias
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+
+    def forward(self, x: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch out oh ow"]:
+        """Convolution of the quantized operands plus the float bias."""
+        weight = through(self.weight_quantizer, self.weight)
+        x = through(self.input_quantizer, x)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantMatmul(nn.Module):
+    """A product of two activations, both quantized.
+
+    Args:
+        left_quantizer: Quantizer of the left operand (batch, heads, rows, inner).
+        right_quantizer: Quantizer of the right operand (batch, heads, inner, columns), which it
+            sees as the transpose if `transpose_right` is set.
+        transpose_right: Multiply by the transpose of the right operand, as in Q K^T.
+    """
+
+    def __init__(
+        self,
+        left_quantizer: Quantizer | None = None,
+        right_quantizer: Quantizer | None = None,
+        *,
+        transpose_right: bool = False,
+    ) -> None:
+        super().__init__()
+        self.left_quantizer = left_quantizer
+        self.right_quantizer = right_quantizer
+        self.transpose_right = transpose_right
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of its quantizers, which are moved together; FLOAT where it has none."""
+        for quantizer in (self.left_quantizer, self.right_quantizer):
+            if quantizer is not None:
+                return quantizer.phase
+        return Phase.FLOAT
+
+    def forward(
+        self, left: Float[Tensor, "b heads rows inner"], right: Float[Tensor, "b heads _ _"]
+    ) -> Float[Tensor, "b heads rows columns"]:
+        """Product of the quantized operands."""
+        left = through(self.left_quantizer, left)
+        right = through(self.right_quantizer, right)
+        return left @ (right.transpose(-2, -1) if self.transpose_right else right)
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Quantizer]]:
+    """Name of the layer, latent weight and quantizer of every layer with a quantized weight."""
+    for name, module in model.named_modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(quantizer, Quantizer):
+            yield name, module.weight, quantizer  # type: ignore[misc]

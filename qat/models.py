@@ -1,0 +1,101 @@
+"""Build a timm model by name, in a way that a checkpoint can repeat."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import nn
+
+from qat.plan import nearest
+from qat.preprocessing import of_model
+
+
+def timm_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int = 3,
+    weights: str | None = None,
+    pretrained: bool = False,
+    data_config: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A timm model that carries its recipe and its preprocessing.
+
+    Args:
+        name: timm's model name, such as `vit_tiny_patch16_224`.
+        num_classes: Size of the classifier; None keeps the model's own, and that of `weights`.
+        img_size: Side of the image in pixels; None keeps the model's own. Position embeddings of
+            `weights` are interpolated.
+        in_chans: Channels of the image.
+        weights: File of float weights (safetensors or weights-only torch file). A classifier of
+            another size than `num_classes` is left at its random start.
+        pretrained: Load timm's weights from the hub instead.
+        data_config: Preprocessing that differs from timm's, such as `{crop_pct: 1.0}`.
+        model_args: Further arguments of the timm model, such as `{depth: 2}`.
+
+    Raises:
+        ValueError: If timm has no such model, or `weights` is missing, broken or of another model.
+    """
+    if name.split(".")[0] not in timm.list_models():
+        raise ValueError(f"timm has no model '{name}'" + nearest(name, timm.list_models()))
+    overlay: dict[str, Any] = dict(data_config or {})
+    if img_size is not None:
+        overlay["input_size"] = (in_chans, img_size, img_size)
+    elif in_chans != 3:
+        raise ValueError(f"in_chans is {in_chans}: state img_size as well")
+    arguments = dict(model_args or {})
+    if img_size is not None:
+        arguments["img_size"] = img_size
+    if weights is not None:
+        overlay |= _weights_overlay(name, weights)
+        num_classes = overlay["num_classes"] if num_classes is None else num_classes
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=pretrained or weights is not None,
+            pretrained_cfg_overlay=overlay,
+            in_chans=in_chans,
+            **arguments,
+        )
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()
+        raise ValueError(
+            f"cannot build '{name}'{f' from {weights}' if weights else ''}: "
+            f"{' '.join(line.strip() for line in reason[:3])[:300]}; is the file of another model, "
+            "or an argument of another architecture?"
+        ) from None
+    recipe = {
+        "name": name,
+        "num_classes": model.num_classes,
+        "img_size": img_size,
+        "in_chans": in_chans,
+        "data_config": data_config,
+        "model_args": model_args,
+    }
+    model.recipe = recipe  # type: ignore[assignment]
+    model.preprocessing = of_model(model)  # type: ignore[assignment]
+    return model
+
+
+def _weights_overlay(name: str, weights: str) -> dict[str, Any]:
+    """Point timm at a local file, and tell it the size of the classifier in there."""
+    if not Path(weights).is_file():
+        raise ValueError(f"no weights file '{weights}'; if it is an asset, is LOWBIT_ASSETS set?")
+    try:
+        state = load_state_dict(weights, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"weights file '{weights}' cannot be read: {error}") from None
+    config = get_pretrained_cfg(name)
+    classifier = config.classifier if config is not None else None
+    head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    if head is None:
+        raise ValueError(
+            f"weights file '{weights}' has no '{classifier}.weight', so it is not of '{name}'; "
+            "name the model that it was saved from"
+        )
+    return {"file": weights, "num_classes": head.shape[0]}

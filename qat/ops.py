@@ -1,0 +1,131 @@
+"""Arithmetic of quantization as pure functions. Rounding is half to even, as in `torch.round`."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+
+
+def to_grid_units(
+    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."] | None
+) -> Float[Tensor, "..."]:
+    """Real values in units of codes, `x / scale + zero_point`, not rounded; a new tensor.
+
+    The division is a true one: multiplying by the reciprocal flips codes at the boundaries.
+    """
+    v = x / scale
+    return v if zero_point is None else v.add_(zero_point)
+
+
+def quantize(
+    x: Float[Tensor, "..."],
+    scale: Float[Tensor, "..."],
+    zero_point: Float[Tensor, "..."] | None,
+    qmin: int,
+    qmax: int,
+) -> Float[Tensor, "..."]:
+    """Integer codes `round(clip(x / scale + zero_point, qmin, qmax))`, kept in floating point.
+
+    Args:
+        x: Real values.
+        scale: Size of one step in the units of `x`, positive; broadcasts against `x`.
+        zero_point: Code of the real value zero, an integer; None for a symmetric grid.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Example:
+        >>> quantize(torch.tensor([0.3, -9.0]), torch.tensor(0.5), None, -2, 1)
+        tensor([ 1., -2.])
+    """
+    return to_grid_units(x, scale, zero_point).clamp_(qmin, qmax).round_()
+
+
+def dequantize(
+    codes: Float[Tensor, "..."],
+    scale: Float[Tensor, "..."],
+    zero_point: Float[Tensor, "..."] | None,
+) -> Float[Tensor, "..."]:
+    """Real values `(codes - zero_point) * scale` of integer codes."""
+    return codes * scale if zero_point is None else (codes - zero_point) * scale
+
+
+class _FakeQuantize(Function):
+    """Quantize and map back, with the gradients of LSQ (Esser et al. 2020, Eq. 3).
+
+    With v = x / s + z, inside meaning qmin < v < qmax, and c the clipped and rounded code:
+
+        d out / d x = 1 inside, 0 outside
+        d out / d s = (c - z) - (v - z) inside,  c - z outside
+
+    The sum over a scale's elements of grad * (c - z) is that of grad * out, divided by s.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        qmin: int,
+        qmax: int,
+        grad_factor: float,
+    ) -> Tensor:
+        v = to_grid_units(x, scale, zero_point)
+        codes = v.clamp(qmin, qmax).round_()
+        out = (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
+        ctx.save_for_backward(v, out, scale, zero_point)
+        ctx.bounds = (qmin, qmax, grad_factor)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        v, out, scale, zero_point = ctx.saved_tensors
+        qmin, qmax, grad_factor = ctx.bounds
+        grad_x = torch.ops.aten.hardtanh_backward(grad, v, qmin, qmax)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None, None
+        steps = v if zero_point is None else v - zero_point
+        codes_term = (grad * out).sum_to_size(scale.shape) / scale
+        value_term = (grad_x * steps).sum_to_size(scale.shape)
+        return grad_x, (codes_term - value_term) * grad_factor, None, None, None, None
+
+
+def fake_quantize(
+    x: Float[Tensor, "*shape"],
+    scale: Float[Tensor, "..."],
+    zero_point: Float[Tensor, "..."] | None,
+    qmin: int,
+    qmax: int,
+    grad_factor: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """Quantize to codes in [qmin, qmax] and map back: `dequantize(quantize(x))`.
+
+    The gradient passes straight through inside the grid and is zero outside it; the scale, where
+    it requires a gradient, receives the one of LSQ, multiplied by `grad_factor`.
+
+    Example:
+        >>> fake_quantize(torch.tensor([0.3, -9.0]), torch.tensor(0.5), None, -2, 1)
+        tensor([ 0.5000, -1.0000])
+    """
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, grad_factor)  # type: ignore[return-value]
+
+
+def code_dtype(qmin: int, qmax: int) -> torch.dtype:
+    """Smallest integer dtype that holds the codes qmin to qmax."""
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        info = torch.iinfo(dtype)
+        if info.min <= qmin and qmax <= info.max:
+            return dtype
+    return torch.int32
+
+
+def boundary_distance(v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Distance of values in grid units to the nearest rounding boundary, 0 to 0.5.
+
+    Example:
+        >>> boundary_distance(torch.tensor([1.0, 1.4, -0.5]))
+        tensor([0.5000, 0.1000, 0.0000])
+    """
+    return 0.5 - (v - v.round()).abs()

@@ -1,0 +1,208 @@
+"""Bit-width plans: name patterns, and the specs they give to the operands of what they match.
+
+A plan is data, a YAML list of rules; `search` writes one, everything else reads it.
+
+    - {pattern: "blocks.*.attn", query: {bits: 4}, key: {bits: 4}, value: {bits: 4},
+       attention: {bits: 4, signed: false}}
+    - {pattern: "blocks.*", weight: {bits: 4, granularity: per_channel}, input: {bits: 4}}
+    - {pattern: head, reason: the classifier stays in float}
+
+The first rule whose pattern matches a module's name applies to it; a rule without specs keeps what
+it matches in float, for the reason it states. Patterns are those of `fnmatch`: `*` also matches
+dots.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.spec import Granularity, Operand, QuantSpec
+
+OPERANDS = tuple(operand.value for operand in Operand)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One name pattern and the specs of the operands of the modules it matches.
+
+    Attributes:
+        pattern: `fnmatch` pattern over module names, such as `blocks.*.attn`.
+        weight: Spec of the weight of linear and convolution layers; None keeps it in float.
+        input: Spec of their input.
+        query: Spec of the left operand of Q K^T.
+        key: Spec of the right operand of Q K^T.
+        attention: Spec of the softmax output, the left operand of A V.
+        value: Spec of the right operand of A V.
+        reason: Why the rule says what it says; shown beside what it keeps in float.
+    """
+
+    pattern: str
+    weight: QuantSpec | None = None
+    input: QuantSpec | None = None
+    query: QuantSpec | None = None
+    key: QuantSpec | None = None
+    attention: QuantSpec | None = None
+    value: QuantSpec | None = None
+    reason: str = ""
+
+    def spec(self, operand: Operand) -> QuantSpec | None:
+        """The spec this rule gives to an operand."""
+        return getattr(self, operand.value)
+
+    @property
+    def operands(self) -> frozenset[Operand]:
+        """The operands this rule quantizes."""
+        return frozenset(operand for operand in Operand if self.spec(operand) is not None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of rules.
+
+    Raises:
+        ValueError: If there are no rules.
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError("the plan has no rules; it needs at least one, see configs/plans/")
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def match(self, name: str) -> Rule | None:
+        """The first rule whose pattern matches `name`."""
+        return next((r for r in self.rules if fnmatch.fnmatchcase(name, r.pattern)), None)
+
+    def check_applied(self, applied: dict[str, frozenset[Operand]]) -> None:
+        """Refuse rules, and specs of rules, that have no effect.
+
+        Args:
+            applied: For each quantizable module, by name, the operands it has.
+
+        Raises:
+            ValueError: If a rule applies to no module, or gives a spec to an operand that none of
+                its modules has.
+        """
+        for rule in self.rules:
+            names = [name for name in applied if self.match(name) is rule]
+            if not names:
+                raise ValueError(self._unused(rule, list(applied)))
+            present = frozenset[Operand]().union(*(applied[name] for name in names))
+            if idle := rule.operands - present:
+                raise ValueError(
+                    f"plan rule '{rule.pattern}' gives a spec to {_words(idle)}, which none of the "
+                    f"modules it applies to has ({_words(names[:3])}, ...); they have "
+                    f"{_words(present)}"
+                )
+
+    def _unused(self, rule: Rule, names: list[str]) -> str:
+        taken = [name for name in names if fnmatch.fnmatchcase(name, rule.pattern)]
+        if taken:
+            earlier = self.match(taken[0])
+            assert earlier is not None
+            return (
+                f"plan rule '{rule.pattern}' has no effect: everything it matches is taken by the "
+                f"earlier rule '{earlier.pattern}'; put the more specific rule first"
+            )
+        near = difflib.get_close_matches(rule.pattern.replace("*", "0"), names, n=3, cutoff=0.3)
+        return (
+            f"plan rule '{rule.pattern}' matches no quantizable layer; nearest names: "
+            f"{_words(near or names[:3])}"
+        )
+
+    @staticmethod
+    def from_list(items: object) -> "Plan":
+        """Build a plan from plain lists and dictionaries, as YAML gives them.
+
+        Raises:
+            ValueError: If a key is unknown, a value has the wrong type or a spec is impossible.
+        """
+        if not isinstance(items, list):
+            raise ValueError(f"a plan is a list of rules, got {type(items).__name__}")
+        return Plan(tuple(_rule(item) for item in items))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The plan as plain lists and dictionaries, defaults left out."""
+        return [
+            {"pattern": rule.pattern}
+            | {name: _spec_items(spec) for name in OPERANDS if (spec := getattr(rule, name))}
+            | ({"reason": rule.reason} if rule.reason else {})
+            for rule in self.rules
+        ]
+
+    @staticmethod
+    def load(path: str | Path) -> "Plan":
+        """Read a plan file.
+
+        Raises:
+            ValueError: If the file is missing, is no YAML or is no plan.
+        """
+        try:
+            return Plan.from_list(yaml.safe_load(Path(path).read_text()))
+        except FileNotFoundError:
+            raise ValueError(f"no plan file '{path}'; ready ones are in configs/plans/") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"plan file '{path}': {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a plan file."""
+        Path(path).write_text(yaml.safe_dump(self.to_list(), sort_keys=False))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt word: `; did you mean 'x'?`, or the known words."""
+    known = list(known)
+    if near := difflib.get_close_matches(word, known, n=1):
+        return f"; did you mean '{near[0]}'?"
+    return f"; expected one of {_words(known)}"
+
+
+def _words(items: Iterable[object]) -> str:
+    return ", ".join(sorted(str(item) for item in items))
+
+
+def _rule(item: object) -> Rule:
+    known = [field.name for field in fields(Rule)]
+    if not isinstance(item, dict):
+        raise ValueError(f"a rule is a mapping with a pattern, got {item!r}")
+    for key in item:
+        if key not in known:
+            raise ValueError(f"unknown key '{key}' in rule {item}" + nearest(str(key), known))
+    if not isinstance(item.get("pattern"), str):
+        raise ValueError(f"rule {item} needs a 'pattern', a string such as 'blocks.*'")
+    specs = {name: _spec(name, item[name]) for name in OPERANDS if name in item}
+    return Rule(item["pattern"], **specs, reason=str(item.get("reason", "")))
+
+
+def _spec(operand: str, item: object) -> QuantSpec:
+    known = [field.name for field in fields(QuantSpec)]
+    if not isinstance(item, dict) or not isinstance(item.get("bits"), int):
+        raise ValueError(f"{operand} needs a spec such as {{bits: 4}}, got {item!r}")
+    for key in item:
+        if key not in known:
+            raise ValueError(f"unknown key '{key}' in {operand}" + nearest(str(key), known))
+    granularity = item.get("granularity", Granularity.PER_TENSOR.value)
+    if granularity not in list(Granularity):
+        raise ValueError(
+            f"{operand}.granularity '{granularity}'" + nearest(granularity, Granularity)
+        )
+    if not isinstance(item.get("signed", True), bool):
+        raise ValueError(f"{operand}.signed must be true or false, got {item['signed']!r}")
+    return QuantSpec(**{**item, "granularity": Granularity(granularity)})
+
+
+def _spec_items(spec: QuantSpec) -> dict[str, Any]:
+    default = asdict(QuantSpec(bits=spec.bits))
+    return {
+        key: value.value if isinstance(value, Granularity) else value
+        for key, value in asdict(spec).items()
+        if key == "bits" or value != default[key]
+    }

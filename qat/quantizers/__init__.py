@@ -1,0 +1,29 @@
+"""Quantizers: one method, one file."""
+
+from qat.quantizers.affine import Affine
+from qat.quantizers.base import (
+    Codes,
+    Phase,
+    Quantizer,
+    QuantizerFactory,
+    quantizers,
+    set_phase,
+)
+from qat.quantizers.lsq import LSQ
+from qat.quantizers.observers import MSE, MinMax, Observer, ObserverFactory, Percentile
+
+__all__ = [
+    "LSQ",
+    "MSE",
+    "Affine",
+    "Codes",
+    "MinMax",
+    "Observer",
+    "ObserverFactory",
+    "Percentile",
+    "Phase",
+    "Quantizer",
+    "QuantizerFactory",
+    "quantizers",
+    "set_phase",
+]

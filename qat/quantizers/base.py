@@ -1,0 +1,144 @@
+"""The life cycle every quantizer shares: float, observe, quantize.
+
+The phase is moved by the caller, never by data; it is part of the checkpoint; and every tensor of
+state exists, with its final shape, when the constructor returns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, final
+
+from torch import Tensor, nn
+
+from qat.ops import dequantize
+from qat.spec import Operand, QuantSpec
+
+
+class Phase(StrEnum):
+    """What `Quantizer.forward` does."""
+
+    FLOAT = "float"
+    OBSERVE = "observe"
+    QUANTIZE = "quantize"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integer codes of a tensor, with all it takes to map them back.
+
+    Attributes:
+        values: Codes, int8, uint8 or int16, in the shape of the tensor.
+        scale: Size of one step; broadcasts against `values`.
+        zero_point: Code of the real value zero; None for a symmetric grid.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps a tensor onto a grid: FLOAT passes it, OBSERVE also collects, QUANTIZE maps.
+
+    Args:
+        spec: Bits, sign and granularity.
+        shape: Trailing shape of the operand, with 1 where its size varies (tokens, pixels).
+        operand: Role of the tensor in its product.
+
+    Raises:
+        ValueError: If the class offers no grid of `spec.bits` bits.
+    """
+
+    supported_bits: ClassVar[range] = range(2, 17)
+
+    def __init__(
+        self, spec: QuantSpec, shape: tuple[int, ...], operand: Operand = Operand.INPUT
+    ) -> None:
+        super().__init__()
+        if spec.bits not in self.supported_bits:
+            low, high = self.supported_bits[0], self.supported_bits[-1]
+            offer = f"{low}" if low == high else f"{low} to {high}"
+            other = (
+                "binaryvit.BinaryQuantizers" if spec.bits == 1 else "qat.quantizers.LSQ (2 to 16)"
+            )
+            raise ValueError(
+                f"{type(self).__name__} offers {offer} bits, got {spec.bits} for the {operand}; "
+                f"change the plan, or use {other}"
+            )
+        self.spec = spec
+        self.shape = shape
+        self.operand = operand
+        self.phase = Phase.FLOAT
+
+    @abstractmethod
+    def observe(self, x: Tensor) -> None:
+        """Accumulate statistics of `x`, without gradient."""
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """Turn statistics into parameters; RuntimeError where there are none."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop the statistics."""
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Values of `x` on the grid, differentiable by the quantizer's surrogate gradient."""
+
+    @abstractmethod
+    def codes(self, x: Tensor) -> Codes:
+        """Integer codes of `x`; `dequantize(codes(x))` equals `fake_quantize(x)` bit for bit."""
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        """Real values of integer codes. Grids that are not affine override this."""
+        return dequantize(codes.values.to(codes.scale.dtype), codes.scale, codes.zero_point)
+
+    def boundary_distance(self, x: Tensor) -> Tensor:
+        """Distance of each value to where its code would change, in steps of the grid."""
+        raise NotImplementedError(f"{type(self).__name__} has no boundary distance")
+
+    @final
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass, observe or quantize, by phase. Arithmetic is float32, also under autocast."""
+        match self.phase:
+            case Phase.FLOAT:
+                return x
+            case Phase.OBSERVE:
+                self.observe(x.detach().float())
+                return x
+            case Phase.QUANTIZE:
+                return self.fake_quantize(x.float()).to(x.dtype)
+
+    def get_extra_state(self) -> dict[str, str]:
+        """The phase, a Python value so that no forward has to read a tensor."""
+        return {"phase": self.phase.value}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        """Restore the phase from a checkpoint."""
+        self.phase = Phase(state["phase"])
+
+    def extra_repr(self) -> str:
+        """Operand, spec and phase."""
+        sign = "signed" if self.spec.signed else "unsigned"
+        return f"{self.operand}, {self.spec.bits} bit {sign}, {self.spec.granularity}, {self.phase}"
+
+
+QuantizerFactory = Callable[[QuantSpec, tuple[int, ...], Operand], Quantizer]
+"""What `convert_` calls for each operand: a quantizer class, a `partial` of one, or a dataclass
+with `__call__` that dispatches on the operand. A checkpoint stores it by name and arguments."""
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Names and quantizers of a model, in the order of its modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def set_phase(model: nn.Module, phase: Phase) -> None:
+    """Move every quantizer of a model to `phase`."""
+    for _, quantizer in quantizers(model):
+        quantizer.phase = phase
