@@ -111,7 +111,7 @@ class QuantWindowAttention(nn.Module):
         self.fused_attn = attention.fused_attn
         self.relative_position_bias_table = attention.relative_position_bias_table
         index = attention.relative_position_index
-        self.register_buffer("relative_position_index", index, persistent=False)
+        self.register_buffer("relative_position_index", index, persistent=False)  # type: ignore[arg-type]
         self.qkv, self.attn_drop = attention.qkv, attention.attn_drop
         self.proj, self.proj_drop = attention.proj, attention.proj_drop
         self.qk, self.av = qk, av

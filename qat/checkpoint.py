@@ -145,7 +145,7 @@ def digest(state: dict[str, Any]) -> str:
         if isinstance(value, Tensor):
             value = value.detach().cpu().contiguous()
             sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            sha.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+            sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
         else:
             sha.update(f"{name} {value!r}".encode())
     return sha.hexdigest()
