@@ -25,13 +25,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.ops import token_axes
+
 
 class Shift(nn.Module, ABC):
     """Maps activations to values whose sign is the binary activation.
 
     Args:
         shape: Trailing shape of the operand: (features,) for linear inputs, (heads, 1, head_dim)
-            for attention operands. Tokens are axis -2 in both.
+            for attention operands, (channels, 1, 1) for convolution inputs.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -45,6 +47,9 @@ class Shift(nn.Module, ABC):
 
     def calibrate(self, x: Float[Tensor, "..."]) -> None:
         """See one calibration batch."""
+
+    def forget(self) -> None:
+        """Let the next calibration start anew."""
 
 
 ShiftFactory = Callable[[tuple[int, ...]], Shift]
@@ -71,8 +76,11 @@ class DynamicShift(Shift):
         self.gain = nn.Parameter(torch.full(shape, gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x - shift - gain * mean over tokens`."""
-        return x - torch.addcmul(self.shift, self.gain, x.mean(-2, keepdim=True))
+        """`x - shift - gain * mean over tokens`; pooled features have no tokens and no mean."""
+        axes = token_axes(x, self.shape)
+        if not axes:
+            return x - self.shift
+        return x - torch.addcmul(self.shift, self.gain, x.mean(axes, keepdim=True))
 
 
 class ScaledShift(Shift):
@@ -86,7 +94,7 @@ class ScaledShift(Shift):
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(shape)
         self.scale = nn.Parameter(torch.ones(shape))
-        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(x - shift) / scale`; the scale counts by its size."""
@@ -98,6 +106,10 @@ class ScaledShift(Shift):
         self.num_batches += 1
         deviation = _moments(x, self.shape)[1].sqrt().clamp(min=1e-3)
         self.scale.lerp_(deviation, 1 / self.num_batches)
+
+    def forget(self) -> None:
+        """Drop the count of batches."""
+        self.num_batches.zero_()
 
 
 class StandardizedShift(Shift):
@@ -120,11 +132,11 @@ class StandardizedShift(Shift):
         self.momentum = momentum
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("variance", torch.ones(shape))
-        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(x - mean) / deviation - shift`."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._update(x.detach(), self.momentum)
         # A copy, since the next training batch moves the buffer before this one's backward.
         deviation = self.variance.clone().add_(1e-6).sqrt_()
@@ -136,6 +148,10 @@ class StandardizedShift(Shift):
         self.num_batches += 1
         self._update(x, 1 / int(self.num_batches))
 
+    def forget(self) -> None:
+        """Drop the count of batches."""
+        self.num_batches.zero_()
+
     def _update(self, x: Tensor, weight: float) -> None:
         mean, variance = _moments(x, self.shape)
         self.mean.lerp_(mean, weight)
@@ -144,7 +160,5 @@ class StandardizedShift(Shift):
 
 def _moments(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and variance over batch and tokens, for each channel, in the trailing shape."""
-    tokens_axis = x.ndim - 2
-    axes = [a for a in range(x.ndim) if a < x.ndim - len(shape) or a == tokens_axis]
-    variance, mean = torch.var_mean(x, dim=axes, correction=0)
+    variance, mean = torch.var_mean(x, dim=[0, *token_axes(x, shape)], correction=0)
     return mean.reshape(shape), variance.reshape(shape)

@@ -1,7 +1,8 @@
 """The switch `plain` / `react`: which blocks surround the binary operands.
 
 `plain` is `qat.convert_` with `BinaryQuantizers`: the architecture of the float model, unchanged.
-`react` is `react_` below: RPReLU and the extra shortcuts of `binaryvit.blocks`.
+`react` is `react_` below: RPReLU and the extra shortcuts of `binaryvit.blocks`. Swin's window
+attention gets them around its linear layers, but no shortcut around the context.
 """
 
 from timm.layers.attention import Attention

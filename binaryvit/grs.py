@@ -4,8 +4,8 @@ BinaryViT, Xiao et al., arXiv 2305.14730 and IEEE TCSVT 2024, DOI 10.1109/TCSVT.
 
 The abstracts say that GRS drives weights to a bimodal distribution, moving latents smoothly away
 from the boundary during training, to reduce oscillation. The equation is not public: the five
-forms below are *reconstructions*. With latent w (after centring), k the row mean of |w|, g the
-gradient of the loss and descent along g + strength * R:
+forms below are *reconstructions*. With latent w, centred, k the row mean of |w| before centring,
+g the gradient of the loss and descent along g + strength * R:
 
     G1  DistancePull     R = -sgn(w) * (1 - |w|/k)                            the default
     G2  SignPull         R = -sgn(w) * sgn(k - |w|)
@@ -97,7 +97,7 @@ class KurtosisPull(Pull):
 
     def direction(self, w: Latent, k: Scale) -> Latent:
         """Gradient of `(Kurt(w) - target)^2`, at unit mean magnitude."""
-        z = (w - w.mean()) / w.std(correction=0)
+        z = (w - w.mean()) / w.std(correction=0).clamp(min=torch.finfo(w.dtype).tiny)
         cubes = z**3
         kurtosis = (cubes * z).mean()
         gradient = (kurtosis - self.target).sign() * (cubes - cubes.mean() - kurtosis * z)
@@ -111,7 +111,7 @@ class GradientDamping:
     def damp(self, gradient: Latent, w: Latent, k: Scale, strength: float) -> Latent:
         """`g * (1 - strength * 1[g w > 0] * max(0, 1 - |w|/k))`."""
         near = (1 - w.abs() / k).clamp(min=0)
-        return gradient * (1 - strength * (gradient * w > 0) * near)
+        return gradient * (1 - strength * near * (gradient * w > 0))
 
 
 def constant(progress: float) -> float:
@@ -140,7 +140,7 @@ class GRS:
         decoupled: Move weights beside the optimizer's step, not through it.
 
     Raises:
-        ValueError: If a decoupled G5 is asked for.
+        ValueError: If a decoupled G5 is asked for, or the strength is out of range.
     """
 
     form: Pull | GradientDamping
@@ -149,8 +149,14 @@ class GRS:
     decoupled: bool = False
 
     def __post_init__(self) -> None:
-        if self.decoupled and isinstance(self.form, GradientDamping):
+        damps = isinstance(self.form, GradientDamping)
+        if self.decoupled and damps:
             raise ValueError("GradientDamping scales gradients, so it cannot be decoupled")
+        if self.strength < 0 or (damps and self.strength > 1):
+            raise ValueError(
+                f"GRS.strength must not be negative, nor above 1 for GradientDamping, got "
+                f"{self.strength}"
+            )
 
     @torch.no_grad()
     def adjust_gradients(self, model: nn.Module, progress: float) -> None:
@@ -172,12 +178,17 @@ class GRS:
             return
         strength = self.strength * self.schedule(progress)
         for weight, w, k in self._latents(model):
-            weight.add_(self.form.direction(w, k), alpha=-lr * strength)
+            if weight.requires_grad:
+                weight.add_(self.form.direction(w, k), alpha=-lr * strength)
 
     @staticmethod
     def _latents(model: nn.Module) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         found = [
-            (weight, quantizer.latent(weight), quantizer.scale_of(weight))
+            (
+                weight,
+                quantizer.latent(weight),
+                quantizer.scale_of(weight).clamp(min=torch.finfo(weight.dtype).tiny),
+            )
             for _, weight, quantizer in quantized_weights(model)
             if isinstance(quantizer, BinaryWeight)
         ]

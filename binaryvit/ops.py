@@ -7,7 +7,6 @@ estimator of Bi-Real Net (Liu et al. 2018). That BinaryViT uses these forms is a
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
@@ -83,24 +82,3 @@ def binarize_activation(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         tensor([1.5000, 0.0000])
     """
     return _BinarizeActivation.apply(x)  # type: ignore[return-value]
-
-
-def sign_statistics(
-    codes: Tensor, num_trailing: int, dead_below: float = 0.02
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Sign entropy in bits and share of dead channels of +1 / -1 codes, over channels.
-
-    With p the share of +1 in a channel, the entropy is -p log2 p - (1-p) log2 (1-p), and the
-    channel is dead if p is below `dead_below` or above 1 - `dead_below`.
-
-    Args:
-        codes: Codes whose last `num_trailing` axes are those of a quantizer's trailing shape.
-        num_trailing: Length of that shape: 1 for linear inputs, 3 for attention operands.
-        dead_below: Share below which one of the signs counts as absent.
-    """
-    share = (codes > 0).float()
-    share = share.mean(-2) if num_trailing == 3 else share
-    share = share.flatten(0, -2 if num_trailing == 1 else -3).mean(0)
-    entropy = torch.special.entr(share) + torch.special.entr(1 - share)
-    dead = (share < dead_below) | (share > 1 - dead_below)
-    return (entropy / torch.log(torch.tensor(2.0))).mean(), dead.float().mean()

@@ -19,7 +19,7 @@ from binaryvit import ops
 from binaryvit.asm import ShiftFactory, StaticShift
 from qat import Operand, Quantizer, QuantSpec
 from qat.ops import boundary_distance, fake_quantize, quantize
-from qat.quantizers import LSQ, Codes, QuantizerFactory
+from qat.quantizers import LSQ, Codes, Factory, QuantizerFactory
 
 
 class BinaryWeight(Quantizer):
@@ -108,7 +108,8 @@ class BinaryActivation(Quantizer):
         """Nothing to freeze: the shift keeps its own state."""
 
     def forget(self) -> None:
-        """Nothing to forget."""
+        """Let the shift's next calibration start anew."""
+        self.shift.forget()
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Signs; the Bi-Real estimator backward."""
@@ -176,7 +177,7 @@ class BinaryAttentionMap(Quantizer):
 
 
 @dataclass(frozen=True)
-class BinaryQuantizers:
+class BinaryQuantizers(Factory):
     """Factory: binary quantizers for one-bit specs, another factory for wider ones.
 
     Attributes:

@@ -153,3 +153,26 @@ def digest(state: dict[str, Any]) -> str:
 
 def _select(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def require_same(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose manifest describes another model than ours.
+
+    Raises:
+        ValueError: Naming the first part that differs and both values.
+    """
+    for part in ("model", "preprocessing", "conversion"):
+        if describe(theirs.get(part)) != describe(ours[part]):
+            raise ValueError(
+                f"the checkpoint holds another {part} than the recipe asks for: "
+                f"{_difference(theirs.get(part), ours[part])}; use the recipe that wrote it, or "
+                "another --run_dir"
+            )
+
+
+def _difference(theirs: Any, ours: Any, path: str = "") -> str:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in ours:
+            if theirs.get(key) != ours[key]:
+                return _difference(theirs.get(key), ours[key], f"{path}{key} ")
+    return f"{path}is {str(theirs)[:80]} there and {str(ours)[:80]} here"

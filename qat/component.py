@@ -33,9 +33,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {"items": [[describe(key), describe(item)] for key, item in value.items()]}
     if isinstance(value, partial):
-        # jsonargparse builds `partial(instantiator, cls, **init_args)`.
-        callee = value.args[0] if len(value.args) == 1 and isclass(value.args[0]) else value.func
-        if callee is value.func and value.args:
+        callee, positional = value.func, value.args
+        if callee.__module__.startswith("jsonargparse."):
+            # It builds `partial(instantiator, ..., cls, **init_args)`.
+            callee, positional = value.args[-1], ()
+        if positional:
             raise ValueError(f"cannot store {value}: give a partial's arguments by keyword")
         items = {key: describe(item) for key, item in value.keywords.items()}
         return {"class_path": _path(callee), "init_args": items}

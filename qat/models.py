@@ -99,3 +99,8 @@ def _weights_overlay(name: str, weights: str) -> dict[str, Any]:
             "name the model that it was saved from"
         )
     return {"file": weights, "num_classes": head.shape[0]}
+
+
+def num_classes_of(model: nn.Module) -> int:
+    """Size of the classifier of a timm model."""
+    return int(model.num_classes)  # type: ignore[arg-type]

@@ -129,3 +129,18 @@ def boundary_distance(v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         tensor([0.5000, 0.1000, 0.0000])
     """
     return 0.5 - (v - v.round()).abs()
+
+
+def token_axes(x: Tensor, shape: tuple[int, ...]) -> list[int]:
+    """Axes of `x`, besides the first, that an operand's trailing shape leaves open.
+
+    Those are tokens or pixels; none for pooled features.
+
+    Example:
+        >>> token_axes(torch.zeros(8, 197, 384), (384,)), token_axes(torch.zeros(8, 384), (384,))
+        ([1], [])
+        >>> token_axes(torch.zeros(8, 6, 197, 64), (6, 1, 64))
+        [2]
+    """
+    sizes = (1,) * (x.ndim - len(shape)) + shape
+    return [axis for axis in range(1, x.ndim) if sizes[axis] == 1]

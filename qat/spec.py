@@ -32,7 +32,8 @@ class QuantSpec:
 
     Attributes:
         bits: Width of a code, 1 to 16. Width 1 is binary, {-1, +1} or {0, 1}: it has no integer
-            grid, because a one-bit two's complement grid would be {-1, 0}.
+            grid, because a one-bit two's complement grid would be {-1, 0}; sign and granularity
+            then follow from the operand.
         signed: True for a grid symmetric around zero, without zero point; False for codes
             {0 .. 2^bits - 1}, with a zero point where the quantizer has one.
         granularity: One scale for the tensor, or one per index of the first axis of its trailing

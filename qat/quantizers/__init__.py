@@ -3,6 +3,7 @@
 from qat.quantizers.affine import Affine
 from qat.quantizers.base import (
     Codes,
+    Factory,
     Phase,
     Quantizer,
     QuantizerFactory,
@@ -17,6 +18,7 @@ __all__ = [
     "MSE",
     "Affine",
     "Codes",
+    "Factory",
     "MinMax",
     "Observer",
     "ObserverFactory",

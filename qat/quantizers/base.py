@@ -127,8 +127,16 @@ class Quantizer(nn.Module, ABC):
 
 
 QuantizerFactory = Callable[[QuantSpec, tuple[int, ...], Operand], Quantizer]
-"""What `convert_` calls for each operand: a quantizer class, a `partial` of one, or a dataclass
-with `__call__` that dispatches on the operand. A checkpoint stores it by name and arguments."""
+"""What `convert_` calls for each operand: a quantizer class, a `partial` of one, or a `Factory`.
+A checkpoint stores it by name and arguments."""
+
+
+class Factory(ABC):
+    """A factory that dispatches on the operand; subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def __call__(self, spec: QuantSpec, shape: tuple[int, ...], operand: Operand) -> Quantizer:
+        """The quantizer of one operand."""
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -1,0 +1,1 @@
+"""Images: where they come from, and what happens to them before a model."""

@@ -1,0 +1,123 @@
+"""Samples that depend on the seed, the epoch and the image only.
+
+Which images come when, and how each is augmented, is a function of (seed, epoch, index): the same
+for any number of workers and after a resume at any batch. The sampler therefore yields keys
+(epoch, index), and the data set seeds the random generators anew for every augmented image.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from qat.data.sources import Source
+
+Key = tuple[int, int]
+Position = Callable[[], tuple[int, int]]
+"""Where training is: the epoch, and how many samples of it each process has seen."""
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """Transformed images of a source, by index or by key (epoch, index).
+
+    Args:
+        source: Labelled images.
+        transform: From PIL image to tensor.
+        seed: With the key, seeds the random generators of the transform.
+        mode: PIL mode images are converted to, `RGB` or `L`.
+    """
+
+    def __init__(
+        self, source: Source, transform: Callable[[Any], Tensor], seed: int, mode: str
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | Key) -> tuple[Tensor, int]:
+        if not isinstance(key, tuple):
+            image, label = self.source[key]
+            return self.transform(image.convert(self.mode)), label
+        epoch, index = key
+        image, label = self.source[index]
+        with _seeded(self.seed, epoch, index):
+            return self.transform(image.convert(self.mode)), label
+
+
+class EpochSampler(Sampler[Key]):
+    """Keys of one epoch in random order, from where training is.
+
+    In a distributed run each process gets its share; the last images are left out where the shares
+    would be uneven.
+
+    Args:
+        size: Number of images.
+        seed: With the epoch, seeds the order.
+        position: Asked at the start of each pass.
+    """
+
+    def __init__(self, size: int, seed: int, position: Position) -> None:
+        self.size = size
+        self.seed = seed
+        self.position = position
+
+    def __len__(self) -> int:
+        return self.size // _world()[1]
+
+    def __iter__(self) -> Iterator[Key]:
+        epoch, done = self.position()
+        rank, world = _world()
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        for index in order[rank : len(self) * world : world][done:]:
+            yield epoch, int(index)
+
+
+class ShareSampler(Sampler[int]):
+    """Indices in order; in a distributed run every process's share, without repetition.
+
+    Args:
+        size: Number of images.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        rank, world = _world()
+        return len(range(rank, self.size, world))
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world = _world()
+        return iter(range(rank, self.size, world))
+
+
+@contextmanager
+def _seeded(*words: int) -> Iterator[None]:
+    """Seed the global generators within the block, and restore them after it."""
+    seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
+
+
+def _world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

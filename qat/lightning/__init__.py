@@ -1,0 +1,1 @@
+"""Lightning orchestrates: modules, data modules, callbacks, the command line. No maths."""

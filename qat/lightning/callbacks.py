@@ -1,0 +1,144 @@
+"""Callbacks: oscillation of quantized weights, and use of binary activations."""
+
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from qat.layers import quantized_weights
+from qat.oscillation import Oscillation, sign_statistics
+from qat.quantizers import Phase, Quantizer, quantizers
+
+SHARES = ("flip_rate", "oscillating", "near_boundary", "changed")
+
+
+class OscillationTracker(Callback):
+    """Logs, each epoch, how weights change their codes and how binary activations use theirs.
+
+    Logged, over all quantized weights, each weight counted once:
+
+    - `weights/flip_rate`: share of the codes that change in a step, mean over the epoch
+    - `weights/oscillating`: share whose oscillation frequency exceeds 0.005
+    - `weights/near_boundary`: share within 0.1 steps (binary: 0.1 alpha) of the boundary
+    - `weights/changed`: share whose code differs from the start of training (net changes)
+    - `activations/sign_entropy`, `activations/dead_channels`: of binary activations, in validation
+
+    Args:
+        momentum: Of the oscillation frequency.
+        warmup: Share of training before which flips do not count as oscillations.
+    """
+
+    def __init__(self, momentum: float = 0.01, warmup: float = 0.1) -> None:
+        self.momentum = momentum
+        self.warmup = warmup
+        self.weights: dict[str, Oscillation] = {}
+        self.last: dict[str, float] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.flip_rates: list[float] = []
+        self._entropy: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._hooks: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the codes at the start of training, unless a resumed run brought them."""
+        if not self.weights:
+            for name, weight, quantizer in quantized_weights(_model(pl_module)):
+                codes = quantizer.codes(weight).values
+                self.weights[name] = Oscillation(codes, self.momentum)
+        for seen in self.weights.values():
+            seen.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See the codes after a step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        warm = trainer.global_step < self.warmup * float(trainer.estimated_stepping_batches)
+        for name, weight, quantizer in quantized_weights(_model(pl_module)):
+            self.weights[name].update(quantizer.codes(weight).values, count_oscillations=not warm)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch."""
+        self.layers = []
+        totals = torch.zeros(5, dtype=torch.float64)
+        for name, weight, quantizer in quantized_weights(_model(pl_module)):
+            seen = self.weights[name]
+            flips, chances = seen.take_flips()
+            near = quantizer.boundary_distance(weight) < 0.1
+            size = weight.numel()
+            shares = [
+                flips / max(1, chances),
+                *(float(t.float().mean()) for t in (seen.oscillating(), near, seen.changed())),
+            ]
+            self.layers.append({"layer": name, **dict(zip(SHARES, shares, strict=True))})
+            totals += torch.tensor([*(share * size for share in shares), size])
+        if not self.layers:
+            return
+        for key, total in zip(SHARES, totals[:4] / totals[4], strict=True):
+            self.last[key] = float(total)
+            pl_module.log(f"weights/{key}", self.last[key], prog_bar=key == "flip_rate")
+        self.flip_rates.append(self.last["flip_rate"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to binary activations."""
+        for name, quantizer in quantizers(_model(pl_module)):
+            if _is_binary_activation(quantizer) and quantizer.phase is Phase.QUANTIZE:
+                self._entropy[name] = []
+                self._hooks.append(quantizer.register_forward_hook(self._listen(name)))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the use of binary activations, mean over their quantizers."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        pairs = [pair for group in self._entropy.values() for pair in group]
+        self._entropy.clear()
+        if pairs:
+            entropy, dead = (torch.stack(column).mean() for column in zip(*pairs, strict=True))
+            self.last["sign_entropy"], self.last["dead_channels"] = float(entropy), float(dead)
+            pl_module.log("activations/sign_entropy", entropy)
+            pl_module.log("activations/dead_channels", dead)
+
+    def summary(self) -> dict[str, Any]:
+        """What `metrics.json` keeps: last values, flip rates over training, and every layer.
+
+        `flip_rate` is the mean over all epochs, `flip_rate_late` that over the ninth tenth of
+        them: in the very last one a decayed learning rate stops all flips.
+        """
+        if not self.flip_rates:
+            return {}
+        count = len(self.flip_rates)
+        late = self.flip_rates[int(0.8 * count) : max(int(0.9 * count), int(0.8 * count) + 1)]
+        rates = {
+            "flip_rate": sum(self.flip_rates) / count,
+            "flip_rate_late": sum(late) / len(late),
+        }
+        return {**self.last, **rates, "layers": self.layers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codes, frequencies and flip rates, so that a resumed run continues them."""
+        weights = {name: seen.state_dict() for name, seen in self.weights.items()}
+        return {"weights": weights, "flip_rates": self.flip_rates, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore codes and frequencies."""
+        self.flip_rates, self.last = state_dict["flip_rates"], state_dict["last"]
+        for name, state in state_dict["weights"].items():
+            self.weights[name] = Oscillation.from_state(state)
+
+    def _listen(self, name: str) -> Any:
+        def hook(quantizer: Quantizer, _: tuple[Tensor, ...], output: Tensor) -> None:
+            self._entropy[name].append(sign_statistics(output.detach(), quantizer.shape))
+
+        return hook
+
+
+def _model(module: LightningModule) -> nn.Module:
+    model = module.model
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _is_binary_activation(quantizer: Quantizer) -> bool:
+    return quantizer.spec.bits == 1 and quantizer.operand not in ("weight", "attention")

@@ -1,0 +1,84 @@
+"""The command line: parses, dispatches, and turns a user's mistake into one clear line."""
+
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning.callbacks
+import pytorch_lightning.loggers  # noqa: F401
+from pytorch_lightning.cli import LightningArgumentParser
+
+from qat.lightning.commands import fit, plan, test
+from qat.lightning.recipe import RecipeFile
+
+COMMANDS: dict[str, Any] = {"fit": fit, "test": test, "plan": plan}
+DEFAULT = ("fit", "--config", "configs/default.yaml")
+DESCRIPTION = "Low-bit vision transformers. Without arguments: " + " ".join(DEFAULT)
+
+
+def make_parser() -> tuple[LightningArgumentParser, dict[str, LightningArgumentParser]]:
+    """The parser of the program, and that of each command."""
+    options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+    parser = LightningArgumentParser(prog="train.py", description=DESCRIPTION, **options)
+    commands = parser.add_subcommands(dest="command")
+    parsers = {}
+    for name, command in COMMANDS.items():
+        parsers[name] = LightningArgumentParser(description=command.HELP, **options)
+        parsers[name].add_argument(
+            "--config", action=RecipeFile, help="Recipe; may be given several times, later wins."
+        )
+        command.add_arguments(parsers[name])
+        commands.add_subcommand(name, parsers[name], help=command.HELP)
+    return parser, parsers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words of the command line; None takes those of the process. Without any, the
+            default recipe runs.
+
+    Returns:
+        The exit status: 0, 1 where the run failed, 2 for unusable arguments, 130 if interrupted.
+    """
+    _quieten()
+    words = list(sys.argv[1:] if arguments is None else arguments) or list(DEFAULT)
+    parser, parsers = make_parser()
+    try:
+        config = parser.parse_args(words)
+    except (ArgumentError, TypeError) as error:
+        return _fail(error, 2)
+    try:
+        COMMANDS[config.command].run(parsers[config.command], config[config.command])
+    except ValueError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; continue with --ckpt_path last and the same --run_dir", 130)
+    return 0
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"error: {str(error).strip()}", file=sys.stderr)
+    return status
+
+
+def _quieten() -> None:
+    """Silence what Lightning says about things that are meant to be so."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Experiment logs directory.*exists and is not empty.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # train mode is set after it
+        ".*treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
+    ):
+        warnings.filterwarnings("ignore", message=message)

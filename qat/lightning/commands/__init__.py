@@ -1,0 +1,1 @@
+"""The commands of `train.py`, one file each: the arguments it takes and what it does."""

@@ -1,0 +1,170 @@
+"""What several commands share: arguments, trainer, evaluation, and what every run reports."""
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+from torch import nn
+
+from qat.lightning.data import VisionData
+from qat.lightning.modules import Distillation
+from qat.lightning.run_folder import RunFolder
+from qat.losses import Objective
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.report import cost_items, coverage_lines, coverage_table
+from qat.search.cost import cost
+
+console = Console(soft_wrap=False)
+
+
+def add_run_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of every command that leaves a run folder."""
+    parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run.")
+    parser.add_argument("--seed_everything", type=int, default=0, help="Seed of everything.")
+    parser.add_argument(
+        "--num_threads",
+        type=int | None,
+        default=None,
+        help="Processor threads of torch; tiny models are fastest on one.",
+    )
+    parser.add_argument(
+        "--require_coverage",
+        type=float | None,
+        default=None,
+        help="Fail if a smaller share of the MACs runs below 16 bits.",
+    )
+    parser.add_argument(
+        "--ckpt_path", type=str | None, default=None, help="Checkpoint; fit also takes `last`."
+    )
+
+
+def add_training_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of a recipe: trainer, model, data, and the recipe of the teacher."""
+    parser.add_argument(
+        "--teacher_config",
+        type=str | None,
+        default=None,
+        help="Recipe that trains the teacher first, where model.teacher names none.",
+    )
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults(
+        {
+            "trainer.enable_model_summary": False,
+            "trainer.use_distributed_sampler": False,
+            "trainer.log_every_n_steps": 10,
+        }
+    )
+    parser.add_class_arguments(Distillation, "model", instantiate=False)
+    parser.add_class_arguments(VisionData, "data", skip={"seed"}, instantiate=False)
+
+
+def prepare(config: Namespace) -> None:
+    """Threads and seeds, before anything is built."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    seed_everything(config.seed_everything, verbose=False)
+
+
+def make_module(parser: LightningArgumentParser, config: Namespace) -> Distillation:
+    """The Lightning module of a recipe; builds the model and loads the teacher."""
+    return Distillation(**_arguments(parser, config, "model"))
+
+
+def make_data(parser: LightningArgumentParser, config: Namespace) -> VisionData:
+    """The data module of a recipe; reads the data."""
+    return VisionData(**_arguments(parser, config, "data"), seed=config.seed_everything)
+
+
+def trainer_arguments(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """The trainer's arguments of a recipe, its loggers and callbacks built."""
+    return _arguments(parser, config, "trainer")
+
+
+def _arguments(parser: LightningArgumentParser, config: Namespace, part: str) -> dict[str, Any]:
+    objects = parser.instantiate(Namespace({part: config[part]}))
+    return dict(objects[part].items(branches=True, nested=False))
+
+
+def make_trainer(arguments: dict[str, Any], folder: RunFolder, **changes: Any) -> Trainer:
+    """A trainer with the recipe's arguments, but the loggers and callbacks of the command."""
+    return Trainer(**{**arguments, "default_root_dir": str(folder.path), **changes})
+
+
+def place_loggers(config: Namespace, folder: RunFolder) -> None:
+    """Let the loggers of a recipe write into the run folder; W&B keeps one identity on resume."""
+    loggers = config.trainer.logger
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = getattr(logger, "init_args", None)
+        if arguments is None:
+            continue
+        if arguments.get("save_dir") in (None, "."):
+            arguments["save_dir"] = str(folder.path)
+        if logger.class_path.endswith("WandbLogger"):
+            arguments["id"] = arguments.get("id") or folder.tracker_id()
+            arguments["name"] = arguments.get("name") or folder.path.name
+            logger["dict_kwargs"] = {"resume": "allow", **(logger.get("dict_kwargs") or {})}
+
+
+def configured_loggers(setting: Any) -> list[Logger]:
+    """The loggers that a recipe asks for, besides the CSV one."""
+    if isinstance(setting, Logger):
+        return [setting]
+    return list(setting) if isinstance(setting, list | tuple) else []
+
+
+def check_coverage(model: nn.Module, required: float | None) -> None:
+    """Print the coverage of a model, and refuse one that is too low.
+
+    Raises:
+        ValueError: If less than `required` of the MACs runs below 16 bits.
+    """
+    costs = cost(model)
+    console.print(coverage_table(costs))
+    for line in coverage_lines(model, costs):
+        console.print(line, highlight=False)
+    if required is not None and costs.coverage_macs < required:
+        raise ValueError(
+            f"coverage is {costs.coverage_macs:.4f} of the MACs, below the required {required}; "
+            "the lines above list what stayed in float and why"
+        )
+
+
+def evaluate(model: nn.Module, data: VisionData, trainer: Trainer) -> dict[str, Any]:
+    """Accuracy of a model on the evaluation images."""
+    data.attach(expected_by(model), num_classes_of(model))
+    module = Distillation(model, objective=Objective())
+    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    items = {name.removeprefix("val/"): value for name, value in found.items()}
+    return {**items, "n_images": len(data.val)}
+
+
+def run_items(command: str, config: Namespace, started: float, device: Any) -> dict[str, Any]:
+    """What every `metrics.json` says of its run."""
+    return {
+        "command": command,
+        "recipe": recipe_name(config),
+        "seed": config.seed_everything,
+        "seconds": round(time.monotonic() - started, 3),
+        "device": str(device),
+        "processor": platform.processor() or platform.machine(),
+        "torch_version": str(torch.__version__),
+    }
+
+
+def model_items(model: nn.Module) -> dict[str, Any]:
+    """Costs of a model, for `metrics.json`."""
+    return cost_items(cost(model))
+
+
+def recipe_name(config: Namespace) -> str:
+    """Name of the first recipe file, without folder and ending."""
+    paths = config.config or []
+    return Path(str(paths[0])).stem if paths else "flags"

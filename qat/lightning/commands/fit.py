@@ -1,0 +1,168 @@
+"""`fit`: teacher training, distillation, quantization-aware training, binarization."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser
+from rich.table import Table
+
+from qat.lightning.callbacks import OscillationTracker
+from qat.lightning.commands.common import (
+    add_run_arguments,
+    add_training_arguments,
+    check_coverage,
+    configured_loggers,
+    console,
+    evaluate,
+    make_data,
+    make_module,
+    make_trainer,
+    model_items,
+    place_loggers,
+    prepare,
+    recipe_name,
+    run_items,
+    trainer_arguments,
+)
+from qat.lightning.run_folder import RunFolder
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.quantizers import quantizers
+
+HELP = "train: a teacher, a quantized or a binary model, with or without distillation"
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of `fit`."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+
+
+def run(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Train as the recipe says, evaluate, and print the comparison with the teacher."""
+    folder = RunFolder.named(config.run_dir, recipe_name(config))
+    train(parser, config, folder)
+    console.print(comparison_table(folder))
+    console.print(f"run folder: {folder.path}")
+
+
+def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
+    """One training run, its teacher first, into a run folder."""
+    started = time.monotonic()
+    resume = _find_checkpoint(config, folder)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if config.teacher_config and config.model.teacher is None:
+        config.model.teacher = str(_train_teacher(parser, config, folder))
+    if resume is None:
+        parser.save(config, str(folder.path / "config.yaml"), overwrite=True, skip_validation=True)
+    place_loggers(config, folder)
+    prepare(config)
+    module, data = make_module(parser, config), make_data(parser, config)
+    settings = trainer_arguments(parser, config)
+    data.attach(expected_by(module.model), num_classes_of(module.model))
+    check_coverage(module.model, config.require_coverage)
+    step = None if resume is None else _step(resume)
+    tracker = OscillationTracker()
+    keeper = ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename="best",
+        monitor="val/top1",
+        mode="max",
+        save_last=True,
+        save_on_exception=True,
+        enable_version_counter=False,
+    )
+    callbacks = [*(settings["callbacks"] or []), keeper]
+    if any(True for _ in quantizers(module.model)):
+        callbacks.append(tracker)
+    loggers = [folder.logger(step), *configured_loggers(settings["logger"])]
+    trainer = make_trainer(settings, folder, logger=loggers, callbacks=callbacks)
+    for logger in loggers[1:]:
+        logger.log_hyperparams(_plain(parser, config))
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=resume is not None or None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    quiet = {"logger": False, "enable_checkpointing": False, "callbacks": []}
+    judge = make_trainer(settings, folder, **quiet)
+    items = evaluate(module.model, data, judge)
+    if module.teacher is not None:
+        items["top1_teacher"] = evaluate(module.teacher, data, judge)["top1"]
+    folder.write_metrics(
+        {
+            **run_items("fit", config, started, trainer.strategy.root_device),
+            **items,
+            **model_items(module.model),
+            "epochs": trainer.current_epoch,
+            **tracker.summary(),
+        }
+    )
+
+
+def comparison_table(folder: RunFolder) -> Table:
+    """The trained model beside its teacher, from what both runs wrote down."""
+    table = Table(title="Result", title_justify="left")
+    student = folder.read_metrics()
+    columns = {"model": student}
+    teacher = RunFolder(folder.path / "teacher")
+    if "top1_teacher" in student:
+        columns = {"teacher": {"top1": student["top1_teacher"]}, "student": student}
+        if teacher.metrics.exists():
+            columns["teacher"] = teacher.read_metrics() | columns["teacher"]
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    rows = {
+        "top-1": ("top1", "{:.4f}"),
+        "evaluation images": ("n_images", "{:,}"),
+        "parameters": ("num_parameters", "{:,}"),
+        "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
+        "MACs below 16 bits": ("coverage_macs", "{:.2%}"),
+        "BOPs (MACs x bits x bits)": ("bops", "{:,}"),
+        "OPs (FLOPs + BOPs/64)": ("ops", "{:,.0f}"),
+        "flip rate, mean over training": ("flip_rate", "{:.6f}"),
+        "flip rate, at 80 to 90 % of it": ("flip_rate_late", "{:.6f}"),
+        "weights that changed code": ("changed", "{:.4f}"),
+        "sign entropy, bits": ("sign_entropy", "{:.4f}"),
+        "dead channels": ("dead_channels", "{:.4f}"),
+        "seconds, teacher included": ("seconds", "{:.1f}"),
+    }
+    for label, (key, form) in rows.items():
+        values = [form.format(c[key]) if key in c else "-" for c in columns.values()]
+        if any(value != "-" for value in values):
+            table.add_row(label, *values)
+    return table
+
+
+def _find_checkpoint(config: Namespace, folder: RunFolder) -> Path | None:
+    """The checkpoint to resume from; None also where only the teacher has been trained so far."""
+    begun = (folder.path / "teacher").is_dir() and not folder.last.exists()
+    if config.ckpt_path == "last" and begun and not folder.metrics.exists():
+        return None
+    return folder.checkpoint_to_resume(config.ckpt_path)
+
+
+def _train_teacher(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> Path:
+    """The teacher's checkpoint; trains it in `<run folder>/teacher` unless that is done."""
+    teacher = RunFolder(folder.path / "teacher")
+    if not teacher.metrics.exists():
+        arguments = ["--config", config.teacher_config, "--run_dir", str(teacher.path)]
+        arguments += ["--seed_everything", str(config.seed_everything)]
+        if teacher.last.exists():
+            arguments += ["--ckpt_path", "last"]
+        console.rule(f"teacher: {config.teacher_config}")
+        train(parser, parser.parse_args(arguments), teacher)
+        console.rule("student")
+    return teacher.last
+
+
+def _step(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+
+
+def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    return yaml.safe_load(parser.dump(config, skip_validation=True))

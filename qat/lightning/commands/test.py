@@ -1,0 +1,97 @@
+"""`test`: evaluate a checkpoint, or a float model."""
+
+import time
+
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from rich.table import Table
+from torch import nn
+
+from qat import checkpoint as files
+from qat.lightning.commands.common import (
+    add_run_arguments,
+    add_training_arguments,
+    check_coverage,
+    console,
+    evaluate,
+    make_data,
+    make_module,
+    make_trainer,
+    model_items,
+    prepare,
+    recipe_name,
+    run_items,
+    trainer_arguments,
+)
+from qat.lightning.run_folder import RunFolder
+from qat.quantizers import Phase, quantizers
+
+HELP = "evaluate a checkpoint, or a float model, on the evaluation images of a recipe"
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of `test`: those of `fit`, so that its recipes serve both."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+
+
+def run(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Evaluate, print and write `metrics.json`."""
+    started = time.monotonic()
+    folder = RunFolder.named(config.run_dir, recipe_name(config))
+    if folder.metrics.exists():
+        raise ValueError(f"run folder '{folder.path}' already holds a run; choose another")
+    prepare(config)
+    model = load_model(parser, config)
+    data = make_data(parser, config)
+    check_coverage(model, config.require_coverage)
+    quiet = {"logger": False, "enable_checkpointing": False}
+    trainer = make_trainer(trainer_arguments(parser, config), folder, **quiet)
+    items = evaluate(model, data, trainer)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_metrics(
+        {
+            **run_items("test", config, started, trainer.strategy.root_device),
+            **items,
+            **model_items(model),
+        }
+    )
+    table = Table("", "value", title="Result", title_justify="left")
+    for key, form in (("top1", "{:.4f}"), ("top5", "{:.4f}"), ("n_images", "{:,}")):
+        if key in items:
+            table.add_row(key, form.format(items[key]))
+    console.print(table)
+    console.print(f"run folder: {folder.path}")
+
+
+def load_model(parser: LightningArgumentParser, config: Namespace) -> nn.Module:
+    """The model in the checkpoint; without one, the float model of the recipe.
+
+    Raises:
+        ValueError: If the recipe asks for another model than the checkpoint holds, or for a
+            quantized one without a checkpoint to take its quantizers' state from.
+    """
+    settings = config.model
+    if config.ckpt_path is None:
+        if settings.plan is not None:
+            raise ValueError(
+                "the recipe has a plan, but without --ckpt_path its quantizers have no state and "
+                "the model would run in float; name a checkpoint, or drop model.plan to test the "
+                "float model"
+            )
+        if settings.model is None and settings.teacher is None:
+            raise ValueError("nothing to test: set --ckpt_path or model.model")
+        return make_module(parser, config).model
+    model = files.load(config.ckpt_path)
+    idle = [name for name, q in quantizers(model) if q.phase is not Phase.QUANTIZE]
+    if idle:
+        raise ValueError(
+            f"checkpoint '{config.ckpt_path}' is converted but not calibrated: {idle[0]} and "
+            f"{len(idle) - 1} others would run in float; calibrate it first"
+        )
+    if settings.plan is not None and not any(True for _ in quantizers(model)):
+        raise ValueError(
+            f"the recipe has a plan, but checkpoint '{config.ckpt_path}' holds a float model; name "
+            "the checkpoint of the quantized one"
+        )
+    return model

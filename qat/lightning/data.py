@@ -1,0 +1,158 @@
+"""The data module: sources in, batches preprocessed as the model expects out."""
+
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qat.data.samples import EpochSampler, Samples, ShareSampler
+from qat.data.sources import Source
+from qat.preprocessing import Preprocessing, check_transform
+
+
+class VisionData(LightningDataModule):
+    """Training, validation and calibration images for one model.
+
+    Preprocessing follows the model; a setting here that contradicts it is refused, not obeyed.
+
+    Args:
+        train: Training images; None where nothing is trained.
+        val: Images that validation and test evaluate.
+        batch_size: Images a batch, in each process.
+        num_workers: Processes that load images; 0 loads in the main one.
+        augment: Arguments of `timm.data.create_transform` for training images, such as
+            `{scale: [0.8, 1.0], hflip: 0.5}`. None trains on images preprocessed as in evaluation.
+        num_calibration: Training images that calibrate quantizers, a random draw.
+        seed: Seeds order, augmentation and the calibration draw.
+        mean: Normalization that the data needs, where it is known; must agree with the model.
+        std: Likewise.
+        interpolation: Likewise.
+        img_size: Likewise, in pixels.
+    """
+
+    def __init__(
+        self,
+        val: Source,
+        train: Source | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        augment: dict[str, Any] | None = None,
+        num_calibration: int = 32,
+        seed: int = 0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: str | None = None,
+        img_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.augment = augment
+        self.num_calibration = num_calibration
+        self.seed = seed
+        self.forced = {"mean": mean, "std": std, "interpolation": interpolation}
+        self.img_size = img_size
+        self.expected: Preprocessing | None = None
+
+    def attach(self, preprocessing: Preprocessing, num_classes: int) -> None:
+        """Follow a model's preprocessing.
+
+        Raises:
+            ValueError: If a setting contradicts it, or the class counts disagree.
+        """
+        check_transform(self._eval_transform(preprocessing), preprocessing)
+        for source in filter(None, (self.train, self.val)):
+            if source.num_classes != num_classes:
+                raise ValueError(
+                    f"the model has {num_classes} classes, the data has {source.num_classes}; set "
+                    f"the model's num_classes to {source.num_classes}, or correct the data"
+                )
+        self.expected = preprocessing
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled, augmented batches; incomplete ones are left out."""
+        source = self._train_source()
+        transform = self._train_transform(self._preprocessing())
+        samples = Samples(source, transform, self.seed, self._mode())
+        sampler = EpochSampler(len(source), self.seed, self._position)
+        if len(sampler) < self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} exceeds the {len(sampler)} training images"
+            )
+        return self._loader(samples, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every evaluation image once, in order."""
+        transform = self._eval_transform(self._preprocessing())
+        samples = Samples(self.val, transform, self.seed, self._mode())
+        return self._loader(samples, sampler=ShareSampler(len(self.val)))
+
+    test_dataloader = val_dataloader
+
+    def calibration_batches(self) -> list[Tensor]:
+        """Batches of training images, preprocessed as in evaluation; the same in every process."""
+        source = self._train_source()
+        generator = torch.Generator().manual_seed(self.seed)
+        draw = torch.randperm(len(source), generator=generator)[: self.num_calibration]
+        transform = self._eval_transform(self._preprocessing())
+        samples = Samples(source, transform, self.seed, self._mode())
+        images = torch.stack([samples[int(index)][0] for index in draw])
+        return list(images.split(min(self.batch_size, 32)))
+
+    def _loader(self, samples: Samples, **options: Any) -> DataLoader[Any]:
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator, so that making an iterator draws nothing from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+            **options,
+        )
+
+    def _train_source(self) -> Source:
+        if self.train is None:
+            raise ValueError("data.train is not set; this command needs training images")
+        return self.train
+
+    def _preprocessing(self) -> Preprocessing:
+        if self.expected is None:
+            raise RuntimeError("call attach(preprocessing, num_classes) before asking for batches")
+        return self.expected
+
+    def _mode(self) -> str:
+        return "RGB" if self._preprocessing().input_size[0] == 3 else "L"
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch and samples done in it; not zero where a run resumes within an epoch."""
+        if self.trainer is None:
+            return 0, 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = progress.processed
+        done = batches if batches < self.trainer.num_training_batches else 0
+        return self.trainer.current_epoch, done * self.batch_size
+
+    def _settings(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        settings = preprocessing.to_dict() | {k: v for k, v in self.forced.items() if v is not None}
+        if self.img_size is not None:
+            settings["input_size"] = (preprocessing.input_size[0], self.img_size, self.img_size)
+        return settings
+
+    def _eval_transform(self, preprocessing: Preprocessing) -> Any:
+        return create_transform(**self._settings(preprocessing))
+
+    def _train_transform(self, preprocessing: Preprocessing) -> Any:
+        if self.augment is None:
+            return self._eval_transform(preprocessing)
+        settings = self._settings(preprocessing)
+        del settings["crop_pct"], settings["crop_mode"]
+        try:
+            return create_transform(**settings, is_training=True, **self.augment)
+        except TypeError as error:
+            raise ValueError(
+                f"data.augment: {error}; see the arguments of timm.data.create_transform"
+            ) from None

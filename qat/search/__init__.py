@@ -1,0 +1,1 @@
+"""Costs of a model under a plan, and searches over plans."""

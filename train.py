@@ -1,0 +1,8 @@
+"""Command line of lowbit-vit; `python train.py --help` lists the commands."""
+
+import sys
+
+from qat.lightning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
