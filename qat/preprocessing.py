@@ -93,10 +93,11 @@ def check_transform(transform: Any, expected: Preprocessing) -> None:
     for key, value in found.items():
         wanted = getattr(expected, key)
         if value != (_floats(wanted) if key in ("mean", "std") else wanted):
+            setting = "img_size" if key == "input_size" else key
             raise ValueError(
                 f"preprocessing mismatch: the model expects {key} {wanted}, the data pipeline uses "
-                f"{value}; remove the data.{key} setting so that it follows the model, or load the "
-                "model that was trained with it"
+                f"{value}; remove the data.{setting} setting so that it follows the model, or load "
+                "the model that was trained with it"
             )
 
 

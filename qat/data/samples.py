@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qat.data.sources import Source
 
@@ -99,6 +99,26 @@ class ShareSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rank, world = _world()
         return iter(range(rank, self.size, world))
+
+
+class LazyLoader:
+    """A data loader that does nothing before the first batch is asked for.
+
+    Lightning makes an iterator before it has restored the epoch of a run that it resumes; workers
+    that started then would ask the sampler for the wrong one.
+
+    Args:
+        loader: The loader.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.loader
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class OscillationTracker(Callback):
         self.last: dict[str, float] = {}
         self.layers: list[dict[str, Any]] = []
         self.flip_rates: list[float] = []
+        self.step = 0
         self._entropy: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._hooks: list[Any] = []
 
@@ -48,18 +49,18 @@ class OscillationTracker(Callback):
         for seen in self.weights.values():
             seen.to(pl_module.device)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """See the codes after a step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        warm = trainer.global_step < self.warmup * float(trainer.estimated_stepping_batches)
-        for name, weight, quantizer in quantized_weights(_model(pl_module)):
-            self.weights[name].update(quantizer.codes(weight).values, count_oscillations=not warm)
+        """See the codes after the step before.
+
+        Now and not right after it, since an interrupt may fall between a step and what follows.
+        """
+        self._see_step(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
+        self._see_step(trainer, pl_module)
         self.layers = []
         totals = torch.zeros(5, dtype=torch.float64)
         for name, weight, quantizer in quantized_weights(_model(pl_module)):
@@ -119,13 +120,28 @@ class OscillationTracker(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Codes, frequencies and flip rates, so that a resumed run continues them."""
         weights = {name: seen.state_dict() for name, seen in self.weights.items()}
-        return {"weights": weights, "flip_rates": self.flip_rates, "last": self.last}
+        return {
+            "weights": weights,
+            "step": self.step,
+            "flip_rates": self.flip_rates,
+            "last": self.last,
+            "layers": self.layers,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore codes and frequencies."""
-        self.flip_rates, self.last = state_dict["flip_rates"], state_dict["last"]
+        for name in ("step", "flip_rates", "last", "layers"):
+            setattr(self, name, state_dict[name])
         for name, state in state_dict["weights"].items():
             self.weights[name] = Oscillation.from_state(state)
+
+    def _see_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.step == trainer.global_step:
+            return
+        self.step = trainer.global_step
+        warm = self.step <= self.warmup * float(trainer.estimated_stepping_batches)
+        for name, weight, quantizer in quantized_weights(_model(pl_module)):
+            self.weights[name].update(quantizer.codes(weight).values, count_oscillations=not warm)
 
     def _listen(self, name: str) -> Any:
         def hook(quantizer: Quantizer, _: tuple[Tensor, ...], output: Tensor) -> None:

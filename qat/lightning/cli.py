@@ -1,7 +1,9 @@
 """The command line: parses, dispatches, and turns a user's mistake into one clear line."""
 
+import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -14,6 +16,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from qat.lightning.commands import fit, plan, test
 from qat.lightning.recipe import RecipeFile
+from qat.plan import nearest
 
 COMMANDS: dict[str, Any] = {"fit": fit, "test": test, "plan": plan}
 DEFAULT = ("fit", "--config", "configs/default.yaml")
@@ -52,14 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parser.parse_args(words)
     except (ArgumentError, TypeError) as error:
-        return _fail(error, 2)
+        return _fail(f"{error}{_nearest_option(str(error), words, parsers)}", 2)
     try:
         COMMANDS[config.command].run(parsers[config.command], config[config.command])
     except ValueError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; continue with --ckpt_path last and the same --run_dir", 130)
+        return 130
     return 0
+
+
+def _nearest_option(
+    message: str, words: list[str], parsers: dict[str, LightningArgumentParser]
+) -> str:
+    """A suggestion for the unknown option that an error message names."""
+    found = re.search(r"(?:arguments: --|option ')([\w.]+)", message)
+    if not found or words[0] not in parsers:
+        return ""
+    # An option of a component that is named by class_path is known to that component only.
+    known = [action.dest for action in parsers[words[0]]._actions if action.dest]
+    return nearest(found[1], known) if difflib.get_close_matches(found[1], known) else ""
 
 
 def _fail(error: object, status: int) -> int:

@@ -8,7 +8,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.samples import EpochSampler, Samples, ShareSampler
+from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
 from qat.data.sources import Source
 from qat.preprocessing import Preprocessing, check_transform
 
@@ -72,7 +72,7 @@ class VisionData(LightningDataModule):
                 )
         self.expected = preprocessing
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> LazyLoader:
         """Shuffled, augmented batches; incomplete ones are left out."""
         source = self._train_source()
         transform = self._train_transform(self._preprocessing())
@@ -82,7 +82,7 @@ class VisionData(LightningDataModule):
             raise ValueError(
                 f"batch_size {self.batch_size} exceeds the {len(sampler)} training images"
             )
-        return self._loader(samples, sampler=sampler, drop_last=True)
+        return LazyLoader(self._loader(samples, sampler=sampler, drop_last=True))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every evaluation image once, in order."""

@@ -68,25 +68,18 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     check_coverage(module.model, config.require_coverage)
     step = None if resume is None else _step(resume)
     tracker = OscillationTracker()
-    keeper = ModelCheckpoint(
-        dirpath=folder.checkpoints,
-        filename="best",
-        monitor="val/top1",
-        mode="max",
-        save_last=True,
-        save_on_exception=True,
-        enable_version_counter=False,
-    )
-    callbacks = [*(settings["callbacks"] or []), keeper]
+    callbacks = [*(settings["callbacks"] or []), *_checkpoints(folder)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
     loggers = [folder.logger(step), *configured_loggers(settings["logger"])]
     trainer = make_trainer(settings, folder, logger=loggers, callbacks=callbacks)
     for logger in loggers[1:]:
         logger.log_hyperparams(_plain(parser, config))
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=resume is not None or None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
+        console.print(f"interrupted; continue with --run_dir {folder.path} --ckpt_path last")
+        raise KeyboardInterrupt from None
     quiet = {"logger": False, "enable_checkpointing": False, "callbacks": []}
     judge = make_trainer(settings, folder, **quiet)
     items = evaluate(module.model, data, judge)
@@ -136,6 +129,15 @@ def comparison_table(folder: RunFolder) -> Table:
         if any(value != "-" for value in values):
             table.add_row(label, *values)
     return table
+
+
+def _checkpoints(folder: RunFolder) -> list[ModelCheckpoint]:
+    """The last state, written each epoch and on any exception, and the best one."""
+    options: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
+    return [
+        ModelCheckpoint(filename="last", save_on_exception=True, **options),
+        ModelCheckpoint(filename="best", monitor="val/top1", mode="max", **options),
+    ]
 
 
 def _find_checkpoint(config: Namespace, folder: RunFolder) -> Path | None:
