@@ -69,7 +69,7 @@ def calibrate(model: nn.Module, batches: Iterable[Float[Tensor, "batch c h w"]])
         ValueError: If the model has no quantizers, there is no batch, or a batch is not finite.
         RuntimeError: If a quantizer saw no data.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with observing(model), torch.no_grad():
@@ -85,7 +85,8 @@ def calibrate(model: nn.Module, batches: Iterable[Float[Tensor, "batch c h w"]])
             if not num_batches:
                 raise ValueError("calibration needs at least one batch of images, got none")
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     _broadcast(model)
 
 

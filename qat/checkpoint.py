@@ -7,7 +7,9 @@ checkpoints of Lightning carry the same manifest, so `load` reads both.
 """
 
 import hashlib
+import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,14 @@ def manifest(model: nn.Module, state: dict[str, Any], prefix: str = "") -> dict[
             "the model does not say how it was built, so a checkpoint could not rebuild it; build "
             "it with qat.timm_model(name, ...) instead of timm.create_model"
         )
+    for key, value in recipe.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(
+                f"the model was built with {key} {value!r}, which is no plain data, so a "
+                "checkpoint cannot hold it; use numbers, strings, lists and mappings"
+            ) from None
     conversion = getattr(model, "conversion", None)
     return {
         "format": FORMAT,
@@ -123,10 +133,16 @@ def read(path: str | Path) -> dict[str, Any]:
         if broken is not None:
             raise zipfile.BadZipFile(f"checksum of '{broken}' does not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' holds Python code, or objects that are no plain data, and is not run; it is "
+            f"no {FORMAT} checkpoint ({_first_line(error)})"
+        ) from None
     except Exception as error:  # a damaged archive can fail in any way while it is parsed
         raise ValueError(
-            f"checkpoint '{path}' is truncated or damaged ({str(error).splitlines()[0][:160]}); "
-            "restore it from a copy, or resume from an earlier one in the same folder"
+            f"'{path}' is truncated or damaged, or no checkpoint ({_first_line(error)}); restore it "
+            "from a copy, or resume from another one in the same folder; float weights go into "
+            "the model's `weights` setting"
         ) from None
     found = checkpoint.get(MANIFEST, {}) if isinstance(checkpoint, dict) else {}
     if found.get("format") != FORMAT:
@@ -176,3 +192,7 @@ def _difference(theirs: Any, ours: Any, path: str = "") -> str:
             if theirs.get(key) != ours[key]:
                 return _difference(theirs.get(key), ours[key], f"{path}{key} ")
     return f"{path}is {str(theirs)[:80]} there and {str(ours)[:80]} here"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

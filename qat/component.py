@@ -12,6 +12,7 @@ trusted packages only.
 import importlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import partial
 from inspect import isclass, isfunction
 from typing import Any
@@ -26,6 +27,8 @@ def describe(value: Any) -> Any:
         ValueError: If `value` cannot be named, such as a lambda or an instance of a class that is
             no dataclass.
     """
+    if isinstance(value, Enum):
+        return value.value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -82,16 +85,23 @@ def _path(value: Any) -> str:
 
 
 def _import(path: str, trusted: tuple[str, ...]) -> Any:
-    if not any(path.startswith(f"{package}.") for package in trusted):
-        raise ValueError(
-            f"the checkpoint names '{path}', outside the trusted packages {', '.join(trusted)}; "
-            "if it is yours, load with trust=('its_package',)"
-        )
     module, _, name = path.rpartition(".")
+    _require_trust(module, path, trusted)
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"the checkpoint names '{path}', which does not exist here; install the version that "
             f"wrote it ({error})"
         ) from None
+    # A trusted module may itself have imported the name from elsewhere.
+    _require_trust(getattr(found, "__module__", ""), path, trusted)
+    return found
+
+
+def _require_trust(module: str, path: str, trusted: tuple[str, ...]) -> None:
+    if not any(f"{module}.".startswith(f"{package}.") for package in trusted):
+        raise ValueError(
+            f"the checkpoint names '{path}', outside the trusted packages {', '.join(trusted)}; "
+            "if it is yours, load with trust=('its_package',)"
+        )

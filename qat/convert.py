@@ -137,7 +137,8 @@ def convert_(
     applied: dict[str, frozenset[Operand]] = {}
     twins: dict[str, nn.Module] = {}
     kept: dict[str, str] = {}
-    for name, module in model.named_modules():
+    seen: dict[nn.Module, nn.Module] = {}  # a module under two names keeps one twin
+    for name, module in model.named_modules(remove_duplicate=False):
         rule = plan.match(name)
         handler = handlers.get(type(module))
         if handler is None:
@@ -147,7 +148,9 @@ def convert_(
         operands = frozenset(Operand(word) for word in handler.operands)
         applied[name] = operands
         if rule is not None and (not operands or rule.operands & operands):
-            twins[name] = _build(name, module, handler, Maker(rule, make_quantizer))
+            if module not in seen:
+                seen[module] = _build(name, module, handler, Maker(rule, make_quantizer))
+            twins[name] = seen[module]
         elif rule is None:
             kept[name] = "no rule of the plan matches it"
         else:
@@ -162,9 +165,14 @@ def convert_(
 
 def _build(name: str, module: nn.Module, handler: Handler, make: Maker) -> nn.Module:
     try:
-        return handler.build(module, make)
+        twin = handler.build(module, make)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    kept = set(module.modules())
+    for part in twin.modules():
+        if part not in kept:
+            part.training = module.training
+    return twin
 
 
 def _refuse_unknown(

@@ -1,5 +1,6 @@
 """Build a timm model by name, in a way that a checkpoint can repeat."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def timm_model(
     """
     if name.split(".")[0] not in timm.list_models():
         raise ValueError(f"timm has no model '{name}'" + nearest(name, timm.list_models()))
+    data_config, model_args = copy.deepcopy(data_config), copy.deepcopy(model_args)
     overlay: dict[str, Any] = dict(data_config or {})
     if img_size is not None:
         overlay["input_size"] = (in_chans, img_size, img_size)
@@ -51,8 +53,9 @@ def timm_model(
         arguments["img_size"] = img_size
     if weights is not None:
         overlay |= _weights_overlay(name, weights)
-        num_classes = overlay["num_classes"] if num_classes is None else num_classes
-    if num_classes is not None:
+        # Loading is strict only for the file's own classifier; another one replaces it below.
+        arguments["num_classes"] = overlay["num_classes"]
+    elif num_classes is not None:
         arguments["num_classes"] = num_classes
     try:
         model = timm.create_model(
@@ -69,6 +72,8 @@ def timm_model(
             f"{' '.join(line.strip() for line in reason[:3])[:300]}; is the file of another model, "
             "or an argument of another architecture?"
         ) from None
+    if num_classes is not None and num_classes != num_classes_of(model):
+        model.reset_classifier(num_classes)  # type: ignore[operator]
     recipe = {
         "name": name,
         "num_classes": model.num_classes,
@@ -92,7 +97,8 @@ def _weights_overlay(name: str, weights: str) -> dict[str, Any]:
         raise ValueError(f"weights file '{weights}' cannot be read: {error}") from None
     config = get_pretrained_cfg(name)
     classifier = config.classifier if config is not None else None
-    head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    classifier = classifier if isinstance(classifier, str) else (classifier or (None,))[0]
+    head = state.get(f"{classifier}.weight")
     if head is None:
         raise ValueError(
             f"weights file '{weights}' has no '{classifier}.weight', so it is not of '{name}'; "

@@ -184,7 +184,7 @@ def _rule(item: object) -> Rule:
 
 def _spec(operand: str, item: object) -> QuantSpec:
     known = [field.name for field in fields(QuantSpec)]
-    if not isinstance(item, dict) or not isinstance(item.get("bits"), int):
+    if not isinstance(item, dict) or type(item.get("bits")) is not int:
         raise ValueError(f"{operand} needs a spec such as {{bits: 4}}, got {item!r}")
     for key in item:
         if key not in known:
@@ -192,7 +192,7 @@ def _spec(operand: str, item: object) -> QuantSpec:
     granularity = item.get("granularity", Granularity.PER_TENSOR.value)
     if granularity not in list(Granularity):
         raise ValueError(
-            f"{operand}.granularity '{granularity}'" + nearest(granularity, Granularity)
+            f"{operand}.granularity '{granularity}'" + nearest(str(granularity), Granularity)
         )
     if not isinstance(item.get("signed", True), bool):
         raise ValueError(f"{operand}.signed must be true or false, got {item['signed']!r}")

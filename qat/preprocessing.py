@@ -4,6 +4,7 @@ Feeding a timm ViT images normalised for another model costs tens of points of a
 no error, so a mismatch is refused here.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ def check_transform(transform: Any, expected: Preprocessing) -> None:
         found["mean"], found["std"] = (0.0,) * channels, (1.0,) * channels
     if "Resize" in steps:
         found["interpolation"] = steps["Resize"].interpolation.value
+        found["crop_pct"] = _crop_pct(steps["Resize"].size, expected)
     for key, value in found.items():
         wanted = getattr(expected, key)
         if value != (_floats(wanted) if key in ("mean", "std") else wanted):
@@ -99,6 +101,15 @@ def check_transform(transform: Any, expected: Preprocessing) -> None:
                 f"{value}; remove the data.{setting} setting so that it follows the model, or load "
                 "the model that was trained with it"
             )
+
+
+def _crop_pct(resized: int | tuple[int, ...], expected: Preprocessing) -> float:
+    """The expected fraction where the image is resized as it asks, else the fraction found."""
+    side = expected.input_size[-1]
+    size = resized if isinstance(resized, int) else resized[-1]
+    if size == math.floor(side / expected.crop_pct):
+        return expected.crop_pct
+    return round(side / size, 4)
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from qat.ops import dequantize
@@ -29,7 +30,7 @@ class Codes:
     """Integer codes of a tensor, with all it takes to map them back.
 
     Attributes:
-        values: Codes, int8, uint8 or int16, in the shape of the tensor.
+        values: Codes, of the smallest integer type that holds the grid, in the tensor's shape.
         scale: Size of one step; broadcasts against `values`.
         zero_point: Code of the real value zero; None for a symmetric grid.
     """
@@ -107,10 +108,18 @@ class Quantizer(nn.Module, ABC):
             case Phase.FLOAT:
                 return x
             case Phase.OBSERVE:
+                self._require_finite(x)
                 self.observe(x.detach().float())
                 return x
             case Phase.QUANTIZE:
                 return self.fake_quantize(x.float()).to(x.dtype)
+
+    def _require_finite(self, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"calibration leads to values of the {self.operand} that are NaN or infinite; "
+                "check the images, the preprocessing and the float model on them"
+            )
 
     def get_extra_state(self) -> dict[str, str]:
         """The phase, a Python value so that no forward has to read a tensor."""

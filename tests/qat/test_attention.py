@@ -163,6 +163,8 @@ def test_context_module_acts_while_quantizing_only() -> None:
     twin = QuantAttention(attention, *products, PlusQueries())
     plain = QuantAttention(attention, *products)
     assert torch.equal(twin(x), attention(x))
+    set_phase(twin, Phase.OBSERVE)
+    torch.testing.assert_close(twin(x), attention(x))
     set_phase(twin, Phase.QUANTIZE)
     queries = _split(attention, x)[0].transpose(1, 2).flatten(2) @ attention.proj.weight.T
     torch.testing.assert_close(twin(x), plain(x) + queries)

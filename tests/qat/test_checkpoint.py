@@ -212,7 +212,7 @@ def test_pickled_code_never_runs(where: str, saved: Path, tmp_path: Path) -> Non
         holder = {"manifest": checkpoint[MANIFEST], "beside": checkpoint}
         holder.get(where, checkpoint["state_dict"])["evil"] = payload
 
-    with pytest.raises(ValueError, match=r"checkpoint '.*model\.ckpt' is "):
+    with pytest.raises(ValueError, match="holds Python code"):
         qat.load(_rewritten(saved, change))
     assert not (tmp_path / "payload-ran").exists()
 

@@ -30,7 +30,6 @@ class PerOperand:
     coarse: Operand = Operand.WEIGHT
 
     def __call__(self, spec: QuantSpec, shape: tuple[int, ...], operand: Operand) -> LSQ:
-        assert isinstance(self.coarse, Operand)
         return LSQ(spec, shape, operand)
 
 

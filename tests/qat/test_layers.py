@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from binaryvit.quantizers import BinaryActivation
 from qat import Granularity, Operand, Phase, Quantizer, QuantSpec, set_phase
 from qat.layers import QuantConv2d, QuantLinear, QuantMatmul, quantized_weights, through
 from qat.quantizers import LSQ, Affine
@@ -76,7 +77,9 @@ def test_matmul_quantizes_the_right_operand_before_it_is_transposed(transpose: b
     left = torch.randn(2, 3, 4, 5)
     right = torch.randn(2, 3, 4, 5) if transpose else torch.randn(2, 3, 5, 6)
     left_quantizer = _frozen(left, (3, 1, 5))
-    right_quantizer = _frozen(right, (3, 1, right.shape[-1]), granularity=Granularity.PER_CHANNEL)
+    right_quantizer = BinaryActivation(QuantSpec(1), (3, 1, right.shape[-1]))
+    nn.init.normal_(right_quantizer.shift.shift)  # a threshold for each feature, the last axis
+    right_quantizer.phase = Phase.QUANTIZE
     matmul = QuantMatmul(left_quantizer, right_quantizer, transpose_right=transpose)
     factor = right_quantizer(right)
     expected = left_quantizer(left) @ (factor.mT if transpose else factor)
