@@ -140,9 +140,9 @@ def read(path: str | Path) -> dict[str, Any]:
         ) from None
     except Exception as error:  # a damaged archive can fail in any way while it is parsed
         raise ValueError(
-            f"'{path}' is truncated or damaged, or no checkpoint ({_first_line(error)}); restore it "
-            "from a copy, or resume from another one in the same folder; float weights go into "
-            "the model's `weights` setting"
+            f"'{path}' is truncated or damaged, or no checkpoint ({_first_line(error)}); "
+            "restore it from a copy, or resume from another one in the same folder; float "
+            "weights go into the model's `weights` setting"
         ) from None
     found = checkpoint.get(MANIFEST, {}) if isinstance(checkpoint, dict) else {}
     if found.get("format") != FORMAT:

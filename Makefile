@@ -1,0 +1,26 @@
+.PHONY: setup check format lint types contracts test slow
+
+PYTHON ?= python
+
+setup:  ## a fresh environment's one command
+	$(PYTHON) -m pip install -e '.[dev]'
+
+check: format lint types contracts test
+
+format:
+	$(PYTHON) -m ruff format --check .
+
+lint:
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m pyright --pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+
+contracts:
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+test:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+slow:  ## minutes; before a release
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
