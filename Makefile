@@ -17,7 +17,7 @@ types:
 	$(PYTHON) -m pyright --pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
 contracts:
-	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-logo'])"
 
 test:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2

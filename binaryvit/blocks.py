@@ -37,8 +37,9 @@ class RPReLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         """Shift, bend, shift."""
-        x = x - self.before
-        return torch.where(x >= 0, x, self.slope * x) + self.after
+        # F.prelu takes its channels from axis 1.
+        rows = (x - self.before).flatten(0, -2)
+        return F.prelu(rows, self.slope).view_as(x) + self.after
 
 
 def shortcut(x: Float[Tensor, "... inputs"], out_features: int) -> Float[Tensor, "... outputs"]:
