@@ -78,7 +78,8 @@ class OscillationTracker(Callback):
             return
         for key, total in zip(SHARES, totals[:4] / totals[4], strict=True):
             self.last[key] = float(total)
-            pl_module.log(f"weights/{key}", self.last[key], prog_bar=key == "flip_rate")
+            options = {"prog_bar": key == "flip_rate", "sync_dist": True}
+            pl_module.log(f"weights/{key}", self.last[key], **options)
         self.flip_rates.append(self.last["flip_rate"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,8 +99,8 @@ class OscillationTracker(Callback):
         if pairs:
             entropy, dead = (torch.stack(column).mean() for column in zip(*pairs, strict=True))
             self.last["sign_entropy"], self.last["dead_channels"] = float(entropy), float(dead)
-            pl_module.log("activations/sign_entropy", entropy)
-            pl_module.log("activations/dead_channels", dead)
+            pl_module.log("activations/sign_entropy", entropy, sync_dist=True)
+            pl_module.log("activations/dead_channels", dead, sync_dist=True)
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` keeps: last values, flip rates over training, and every layer.

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from qat import checkpoint as files
+
+NAME_FOR_OTHERS = "LOWBIT_RUN_DIR"
+
+
+def is_first_process() -> bool:
+    """True but in the further processes of a distributed run."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class RunFolder:
@@ -27,8 +35,13 @@ class RunFolder:
 
     @staticmethod
     def named(run_dir: str | None, recipe: str) -> "RunFolder":
-        """The folder a user asked for, or `runs/<recipe>-<time>`."""
-        return RunFolder(run_dir or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        """The folder a user asked for, or `runs/<recipe>-<time>`.
+
+        In a distributed run the first process names it, and those it starts inherit the name.
+        """
+        if run_dir is None and is_first_process():
+            os.environ[NAME_FOR_OTHERS] = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return RunFolder(run_dir or os.environ[NAME_FOR_OTHERS])
 
     def checkpoint_to_resume(self, ckpt_path: str | None) -> Path | None:
         """The checkpoint that `--ckpt_path` means, read once to be sure that it is whole.
@@ -37,7 +50,7 @@ class RunFolder:
             ValueError: If it is missing or damaged, or the folder holds a run and none is named.
         """
         if ckpt_path is None:
-            if self.last.exists() or self.metrics.exists():
+            if is_first_process() and (self.last.exists() or self.metrics.exists()):
                 raise ValueError(
                     f"run folder '{self.path}' already holds a run; continue it with --ckpt_path "
                     "last, or choose another --run_dir"
@@ -59,11 +72,14 @@ class RunFolder:
         if last_step is not None and path.exists():
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) < last_step]
-        path.unlink(missing_ok=True)
+        if is_first_process():
+            path.unlink(missing_ok=True)
         logger = CSVLogger(self.path, name="", version="", flush_logs_every_n_steps=10)
-        logger.experiment.metrics.extend(rows)
+        if is_first_process():
+            logger.experiment.metrics.extend(rows)
         return logger
 
+    @rank_zero_only
     def write_metrics(self, items: dict[str, Any]) -> None:
         """Write `metrics.json`, atomically."""
         part = self.metrics.with_suffix(".part")

@@ -15,14 +15,14 @@ from torch import nn
 
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
-from qat.lightning.run_folder import RunFolder
+from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.losses import Objective
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.report import cost_items, coverage_lines, coverage_table
 from qat.search.cost import cost
 
-console = Console(soft_wrap=False)
+console = Console(quiet=not is_first_process())
 
 
 def add_run_arguments(parser: LightningArgumentParser) -> None:

@@ -29,7 +29,7 @@ from qat.lightning.commands.common import (
     run_items,
     trainer_arguments,
 )
-from qat.lightning.run_folder import RunFolder
+from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import quantizers
@@ -47,7 +47,8 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     """Train as the recipe says, evaluate, and print the comparison with the teacher."""
     folder = RunFolder.named(config.run_dir, recipe_name(config))
     train(parser, config, folder)
-    console.print(comparison_table(folder))
+    if is_first_process():
+        console.print(comparison_table(folder))
     console.print(f"run folder: {folder.path}")
 
 
@@ -58,7 +59,7 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     folder.path.mkdir(parents=True, exist_ok=True)
     if config.teacher_config and config.model.teacher is None:
         config.model.teacher = str(_train_teacher(parser, config, folder))
-    if resume is None:
+    if resume is None and is_first_process():
         parser.save(config, str(folder.path / "config.yaml"), overwrite=True, skip_validation=True)
     place_loggers(config, folder)
     prepare(config)
@@ -84,7 +85,9 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     judge = make_trainer(settings, folder, **quiet)
     items = evaluate(module.model, data, judge)
     if module.teacher is not None:
-        items["top1_teacher"] = evaluate(module.teacher, data, judge)["top1"]
+        costs = model_items(module.teacher)
+        teacher = evaluate(module.teacher, data, judge) | costs
+        items |= {f"{key}_teacher": teacher[key] for key in ("top1", "n_images", *costs)}
     folder.write_metrics(
         {
             **run_items("fit", config, started, trainer.strategy.root_device),
@@ -99,13 +102,10 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
 def comparison_table(folder: RunFolder) -> Table:
     """The trained model beside its teacher, from what both runs wrote down."""
     table = Table(title="Result", title_justify="left")
-    student = folder.read_metrics()
-    columns = {"model": student}
-    teacher = RunFolder(folder.path / "teacher")
-    if "top1_teacher" in student:
-        columns = {"teacher": {"top1": student["top1_teacher"]}, "student": student}
-        if teacher.metrics.exists():
-            columns["teacher"] = teacher.read_metrics() | columns["teacher"]
+    items = folder.read_metrics()
+    columns = (
+        {"model": ""} if "top1_teacher" not in items else {"teacher": "_teacher", "student": ""}
+    )
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
@@ -125,7 +125,8 @@ def comparison_table(folder: RunFolder) -> Table:
         "seconds, teacher included": ("seconds", "{:.1f}"),
     }
     for label, (key, form) in rows.items():
-        values = [form.format(c[key]) if key in c else "-" for c in columns.values()]
+        keys = [key + suffix for suffix in columns.values()]
+        values = [form.format(items[k]) if k in items else "-" for k in keys]
         if any(value != "-" for value in values):
             table.add_row(label, *values)
     return table
