@@ -1,10 +1,11 @@
 """What acts on latent weights beside the loss: the seam of GRS and other cures for oscillation."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 
+@runtime_checkable
 class Regularizer(Protocol):
     """Adjusts gradients before, and weights after, each optimizer step."""
 

@@ -78,8 +78,8 @@ class OscillationTracker(Callback):
             return
         for key, total in zip(SHARES, totals[:4] / totals[4], strict=True):
             self.last[key] = float(total)
-            options = {"prog_bar": key == "flip_rate", "sync_dist": True}
-            pl_module.log(f"weights/{key}", self.last[key], **options)
+            shown = key == "flip_rate"
+            pl_module.log(f"weights/{key}", self.last[key], prog_bar=shown, sync_dist=True)
         self.flip_rates.append(self.last["flip_rate"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
