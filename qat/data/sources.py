@@ -16,6 +16,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data.dataset_factory import create_dataset
 
+Labels = Sequence[int] | np.ndarray
+
 
 class Source:
     """A dataset of (PIL image, class index).
@@ -30,7 +32,7 @@ class Source:
     """
 
     def __init__(
-        self, read: Callable[[int], Image.Image], labels: Sequence[int], num_classes: int
+        self, read: Callable[[int], Image.Image], labels: Labels, num_classes: int
     ) -> None:
         if not len(labels):
             raise ValueError("the data set is empty; check the path and the split")
@@ -58,9 +60,9 @@ class Subset(Source):
         indices: Which images, in which order.
     """
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        labels = [int(source.labels[index]) for index in indices]
-        super().__init__(lambda i: source.read(indices[i]), labels, source.num_classes)
+    def __init__(self, source: Source, indices: Labels) -> None:
+        labels = [int(source.labels[int(index)]) for index in indices]
+        super().__init__(lambda i: source.read(int(indices[i])), labels, source.num_classes)
 
 
 def digits(split: str) -> Source:

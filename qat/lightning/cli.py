@@ -8,6 +8,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 import pytorch_lightning.callbacks
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments) or list(DEFAULT)
     parser, parsers = make_parser()
     try:
-        config = parser.parse_args(words)
+        config = parser.parse_args(_with_save_dir(words))
     except (ArgumentError, TypeError) as error:
         return _fail(f"{error}{_nearest_option(str(error), words, parsers)}", 2)
     try:
@@ -63,6 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _with_save_dir(words: list[str]) -> list[str]:
+    """Spare the user the folder of a logger that insists on one: it is the run folder."""
+    if "--trainer.logger" not in words[:-1]:
+        return words
+    name = words[words.index("--trainer.logger") + 1].rpartition(".")[2]
+    logger = getattr(pytorch_lightning.loggers, name, None)
+    folder = signature(logger).parameters.get("save_dir") if logger is not None else None
+    if folder is None or folder.default is not Parameter.empty or "save_dir" in "".join(words):
+        return words
+    return [*words, "--trainer.logger.save_dir", "."]
 
 
 def _nearest_option(
@@ -78,7 +91,8 @@ def _nearest_option(
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"error: {str(error).strip()}", file=sys.stderr)
+    line = " ".join(str(error).split())
+    print(f"error: {line[:700]}", file=sys.stderr)
     return status
 
 

@@ -46,8 +46,11 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe '{path}' must be a mapping, got {type(recipe).__name__}")
     bases = recipe.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"recipe '{path}': base must be a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = _merge(merged, _compose(path.parent / base, (*above, path.resolve())))
     return _merge(merged, recipe)
 
