@@ -31,10 +31,12 @@ class Objective:
         temperature: Divides the logits of the soft term.
         label_smoothing: Of the hard labels.
         feature: Weight of the feature term.
-        feature_layers: `fnmatch` pattern of the modules whose outputs the feature term compares.
+        feature_layers: `fnmatch` pattern of the modules whose outputs the feature term compares;
+            it matches names with as many dots as it has itself.
 
     Raises:
-        ValueError: If the temperature is not positive, a weight is negative or all are zero.
+        ValueError: If the temperature is not positive, the smoothing is out of range, or weights
+            are negative or all zero.
     """
 
     hard: float = 1.0
@@ -42,11 +44,15 @@ class Objective:
     temperature: float = 1.0
     label_smoothing: float = 0.0
     feature: float = 0.0
-    feature_layers: str = "blocks.?"
+    feature_layers: str = "blocks.*"
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"objective.temperature must be positive, got {self.temperature}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"objective.label_smoothing must be in [0, 1), got {self.label_smoothing}"
+            )
         weights = (self.hard, self.soft, self.feature)
         if min(weights) < 0 or not any(weights):
             raise ValueError(
@@ -123,7 +129,12 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, pattern: str) -> None:
         self.features: dict[str, Tensor] = {}
-        names = [n for n, _ in model.named_modules() if fnmatch.fnmatchcase(n, pattern)]
+        depth = pattern.count(".")
+        names = [
+            name
+            for name, _ in model.named_modules()
+            if name.count(".") == depth and fnmatch.fnmatchcase(name, pattern)
+        ]
         if not names:
             raise ValueError(f"objective.feature_layers '{pattern}' matches no module")
         for name in names:

@@ -157,6 +157,11 @@ class Plan:
         Path(path).write_text(yaml.safe_dump(self.to_list(), sort_keys=False))
 
 
+def load_plan(plan: str | list[dict[str, Any]]) -> Plan:
+    """A plan from what a recipe says: a file, or the rules themselves."""
+    return Plan.load(plan) if isinstance(plan, str) else Plan.from_list(plan)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt word: `; did you mean 'x'?`, or the known words."""
     known = list(known)

@@ -81,9 +81,8 @@ def check_transform(transform: Any, expected: Preprocessing) -> None:
         ValueError: Naming the first setting that differs, both values and the way out.
     """
     channels = expected.input_size[0]
-    probe = Image.new("RGB" if channels == 3 else "L", (64, 48))
     steps = {type(step).__name__: step for step in transform.transforms}
-    found: dict[str, Any] = {"input_size": tuple(transform(probe).shape)}
+    found: dict[str, Any] = {}
     if "Normalize" in steps:
         found["mean"] = _floats(steps["Normalize"].mean)
         found["std"] = _floats(steps["Normalize"].std)
@@ -92,6 +91,12 @@ def check_transform(transform: Any, expected: Preprocessing) -> None:
     if "Resize" in steps:
         found["interpolation"] = steps["Resize"].interpolation.value
         found["crop_pct"] = _crop_pct(steps["Resize"].size, expected)
+    _require_equal(found, expected)
+    probe = Image.new("RGB" if channels == 3 else "L", (64, 48))
+    _require_equal({"input_size": tuple(transform(probe).shape)}, expected)
+
+
+def _require_equal(found: dict[str, Any], expected: Preprocessing) -> None:
     for key, value in found.items():
         wanted = getattr(expected, key)
         if value != (_floats(wanted) if key in ("mean", "std") else wanted):

@@ -50,8 +50,9 @@ def kept_in_float(model: nn.Module, cost: Cost) -> dict[str, str]:
             reasons[site.name] = "the model is not converted"
         elif owner in conversion.kept:
             reasons[site.name] = conversion.kept[owner]
+        elif (rule := conversion.plan.match(owner)) is None:
+            reasons[site.name] = "no rule of the plan matches it"
         else:
-            rule = conversion.plan.match(owner)
             reasons[site.name] = f"rule '{rule.pattern}' leaves an operand at {max(site.bits)} bits"
     return reasons
 

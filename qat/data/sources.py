@@ -101,9 +101,10 @@ def parquet(path: str, image: str = "image", label: str = "label") -> Source:
     """
     try:
         table = datasets.load_dataset("parquet", data_files=path, split="train")
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(
-            f"no parquet file '{path}'; if it is an asset, is LOWBIT_ASSETS set?"
+            f"no parquet file '{path}' that can be read; if it is an asset, is LOWBIT_ASSETS set? "
+            f"({error})"
         ) from None
     for column in (image, label):
         if column not in table.column_names:
@@ -132,6 +133,8 @@ def labelled_folder(root: str, labels: str, num_classes: int) -> Source:
         raise ValueError(
             f"no label table '{labels}'; if it is an asset, is LOWBIT_ASSETS set?"
         ) from None
+    if rows and (absent := {"file", "class_index"} - set(rows[0])):
+        raise ValueError(f"label table '{labels}' has no column {sorted(absent)}, tab-separated")
     paths = {path.name: path for path in Path(root).rglob("*") if path.is_file()}
     if missing := [row["file"] for row in rows if row["file"] not in paths]:
         raise ValueError(f"'{labels}' names {len(missing)} files not below '{root}': {missing[0]}")
@@ -151,11 +154,15 @@ def timm_source(
         download: Fetch the set if it is not there.
     """
     dataset: Any = create_dataset(name, root=root, split=split, download=download)
-    reader = getattr(dataset, "reader", None)
-    if reader is not None and hasattr(reader, "samples"):
+    reader: Any = getattr(dataset, "reader", None)
+    if hasattr(reader, "samples"):
         labels = [int(label) for _, label in reader.samples]
-        declared = len(getattr(reader, "class_to_idx", ())) or max(labels) + 1
+        classes = reader.class_to_idx
+    elif hasattr(reader, "label_key"):
+        labels = [int(label) for label in reader.dataset[reader.label_key]]
+        classes = reader.class_to_idx
     else:
         labels = [int(label) for label in dataset.targets]
-        declared = len(getattr(dataset, "classes", ())) or max(labels) + 1
+        classes = getattr(dataset, "classes", ())
+    declared = len(classes) or max(labels) + 1
     return Source(lambda i: dataset[i][0], labels, declared)

@@ -12,7 +12,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 import pytorch_lightning.callbacks
-import pytorch_lightning.loggers  # noqa: F401
+import pytorch_lightning.loggers
 from pytorch_lightning.cli import LightningArgumentParser
 
 from qat.lightning.commands import fit, plan, test
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error}{_nearest_option(str(error), words, parsers)}", 2)
     try:
         COMMANDS[config.command].run(parsers[config.command], config[config.command])
-    except ValueError as error:
+    except (ValueError, ArgumentError) as error:  # the latter from the recipe of a teacher
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130

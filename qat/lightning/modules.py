@@ -1,6 +1,6 @@
 """One module for teacher training, quantization-aware training and binarization."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from qat import checkpoint as files
@@ -16,7 +16,7 @@ from qat.calibrate import calibrate
 from qat.convert import Conversion, convert_
 from qat.losses import FeatureTap, Objective
 from qat.models import num_classes_of
-from qat.plan import Plan
+from qat.plan import Plan, load_plan
 from qat.quantizers import LSQ, Factory, Phase, QuantizerFactory, quantizers
 from qat.regularize import Regularizer
 
@@ -68,8 +68,7 @@ class Distillation(LightningModule):
                 raise ValueError("set model.model, or model.teacher to start from its copy")
             model = files.load(teacher)
         if plan is not None:
-            loaded = Plan.load(plan) if isinstance(plan, str) else Plan.from_list(plan)
-            convert(model, loaded, quantizer)
+            convert(model, load_plan(plan), quantizer)
         self.model = model
         self.initialise = initialise
         self.objective = objective
@@ -85,7 +84,7 @@ class Distillation(LightningModule):
         self.top5 = (
             MulticlassAccuracy(num_classes, average="micro", top_k=5) if num_classes > 5 else None
         )
-        self.val_loss = MeanMetric()
+        self.val_loss, self.num_images = MeanMetric(), SumMetric()
         self._rng_state: Tensor | None = None
 
     @property
@@ -116,7 +115,7 @@ class Distillation(LightningModule):
             torch.set_rng_state(self._rng_state)
             self._rng_state = None
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         images, labels = batch
         logits = self.model(images)
@@ -129,12 +128,14 @@ class Distillation(LightningModule):
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
         return terms["loss"]
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Accuracy and cross-entropy of one batch."""
         images, labels = batch
         logits = self.model(images).float()
         self.top1(logits, labels)
         self.val_loss(nn.functional.cross_entropy(logits, labels), len(labels))
+        self.num_images(len(labels))
+        self.log("val/n_images", self.num_images)
         self.log("val/top1", self.top1, prog_bar=True)
         self.log("val/loss", self.val_loss)
         if self.top5 is not None:

@@ -16,6 +16,8 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] - public
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat.plan import nearest
+
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe in a file, with what it builds on merged in and every reference resolved.
@@ -73,8 +75,27 @@ class RecipeFile(ActionConfigFile):
     def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
         """Compose the recipe at `value` and parse it in place of the file."""
         try:
-            text = yaml.safe_dump(load_recipe(value))
+            recipe = load_recipe(value)
         except ValueError as error:
             raise TypeError(str(error)) from None
+        try:
+            _refuse_unknown(recipe, [action.dest for action in parser._actions])
+        except ValueError as error:
+            raise TypeError(f"recipe '{value}': {error}") from None
+        text = yaml.safe_dump(recipe)
         ActionConfigFile.apply_config(parser, cfg, dest, text)
         cfg[dest][-1] = value
+
+
+def _refuse_unknown(items: Any, known: list[str], path: str = "") -> None:
+    """Refuse keys that no argument has; parsing would drop those without content in silence.
+
+    Arguments of a component that is named by `class_path` are left to the parser.
+    """
+    if not isinstance(items, dict) or "class_path" in items or path in known:
+        return
+    for key, value in items.items():
+        inner = f"{path}.{key}".lstrip(".")
+        if inner not in known and not any(option.startswith(f"{inner}.") for option in known):
+            raise ValueError(f"unknown key '{inner}'" + nearest(inner, known))
+        _refuse_unknown(value, known, inner)

@@ -9,7 +9,7 @@ Additions of biases, normalization, softmax and activation functions are not cou
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,11 @@ def cost(model: nn.Module) -> Cost:
 
     def record(name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            sites.setdefault(name, []).extend(_sites(name, module, inputs[0], output))
+            for site in _sites(name, module, inputs[0], output):
+                # A module that runs twice computes twice and is stored once.
+                again = name in sites and site.num_weights > 0
+                site = replace(site, num_weights=0, num_scales=0) if again else site
+                sites.setdefault(name, []).append(site)
 
         return module.register_forward_hook(hook)
 
@@ -192,10 +196,11 @@ def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
 def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
     counts: dict[str, int] = {"position": 0, "norm": 0, "bias": 0, "quantizer": 0, "other": 0}
     uncounted = []
-    persistent = model.state_dict(keep_vars=True)
-    for key, tensor in persistent.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    seen: set[int] = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or id(tensor) in seen:
             continue
+        seen.add(id(tensor))
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
         path = [model.get_submodule(owner[:i]) for i in _prefixes(owner)]

@@ -143,7 +143,7 @@ def evaluate(model: nn.Module, data: VisionData, trainer: Trainer) -> dict[str, 
     module = Distillation(model, objective=Objective())
     found = trainer.validate(module, datamodule=data, verbose=False)[0]
     items = {name.removeprefix("val/"): value for name, value in found.items()}
-    return {**items, "n_images": len(data.val)}
+    return {**items, "n_images": int(items["n_images"])}
 
 
 def run_items(command: str, config: Namespace, started: float, device: Any) -> dict[str, Any]:

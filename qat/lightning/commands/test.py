@@ -24,6 +24,7 @@ from qat.lightning.commands.common import (
     trainer_arguments,
 )
 from qat.lightning.run_folder import RunFolder
+from qat.plan import load_plan
 from qat.quantizers import Phase, quantizers
 
 HELP = "evaluate a checkpoint, or a float model, on the evaluation images of a recipe"
@@ -89,9 +90,31 @@ def load_model(parser: LightningArgumentParser, config: Namespace) -> nn.Module:
             f"checkpoint '{config.ckpt_path}' is converted but not calibrated: {idle[0]} and "
             f"{len(idle) - 1} others would run in float; calibrate it first"
         )
-    if settings.plan is not None and not any(True for _ in quantizers(model)):
-        raise ValueError(
-            f"the recipe has a plan, but checkpoint '{config.ckpt_path}' holds a float model; name "
-            "the checkpoint of the quantized one"
-        )
+    _require_same_model(parser, config, model)
     return model
+
+
+def _require_same_model(
+    parser: LightningArgumentParser, config: Namespace, model: nn.Module
+) -> None:
+    """Refuse a checkpoint that contradicts what the recipe says of model and plan."""
+    settings = config.model
+    if settings.plan is not None:
+        wanted = load_plan(settings.plan).to_list()
+        conversion = getattr(model, "conversion", None)
+        found = None if conversion is None else conversion.plan.to_list()
+        if wanted != found:
+            holds = "a float model" if found is None else "one with another plan"
+            raise ValueError(
+                f"the recipe has a plan, but checkpoint '{config.ckpt_path}' holds {holds}; name "
+                "the checkpoint that this recipe trained, or its own recipe"
+            )
+    if settings.model is not None:
+        settings.plan = settings.teacher = None
+        settings.objective = parser.get_defaults().model.objective
+        recipe = make_module(parser, config).model.recipe
+        if recipe != model.recipe:
+            raise ValueError(
+                f"the recipe builds {recipe}, but checkpoint '{config.ckpt_path}' holds "
+                f"{model.recipe}; name the checkpoint that this recipe trained"
+            )

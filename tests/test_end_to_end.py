@@ -1,0 +1,285 @@
+"""Whole runs on real images: train, kill, interrupt, resume, track; also what other tests run."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+from wandb.proto.wandb_internal_pb2 import Record
+
+from qat.checkpoint import digest, read
+from qat.lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+QUIET = ("--num_threads", "1", "--trainer.enable_progress_bar", "false")
+SHORT = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4")
+TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def run(command: str, *words: object) -> int:
+    """Exit status of a command, run in the root of the repository, on one thread."""
+    quiet = QUIET if command in ("fit", "test") else ()
+    with contextlib.chdir(ROOT):
+        return main([command, *map(str, words), *quiet])
+
+
+def fit(config: str | Path, folder: Path, *words: object) -> dict[str, Any]:
+    """What a `fit` that succeeds writes into `metrics.json`."""
+    assert run("fit", "--config", config, "--run_dir", folder, *words) == 0
+    return metrics(folder)
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def write_recipe(path: Path, base: str = "configs/digits_teacher.yaml", **changes: Any) -> Path:
+    """A recipe beside which nothing is, built on one of ours."""
+    path.write_text(yaml.safe_dump({"base": str(ROOT / base), **changes}))
+    return path
+
+
+def weights(folder: Path) -> str:
+    """Hash of everything that the run trained."""
+    return digest(read(folder / "checkpoints" / "last.ckpt")["state_dict"])
+
+
+def lasting(items: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without what differs from one run to the next."""
+    return {key: value for key, value in items.items() if key != "seconds"}
+
+
+def start(*words: object) -> subprocess.Popen[bytes]:
+    """`train.py fit` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "train.py", "fit", *map(str, words), *QUIET],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def end(process: subprocess.Popen[bytes], signal_number: int, folder: Path, wait: float) -> int:
+    """Exit status after a signal, sent `wait` seconds after the first checkpoint."""
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(wait)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    assert not (folder / "metrics.json").exists(), "the run had finished before the signal"
+    assert b"Traceback" not in errors, errors.decode()
+    return process.returncode
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of the digits teacher after one epoch; trained once in a session."""
+    folder = tmp_path_factory.getbasetemp() / "teacher"
+    if not (folder / "metrics.json").exists():
+        fit("configs/digits_teacher.yaml", folder, "--trainer.max_epochs", 1)
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def student(name: str, teacher: Path) -> Path:
+    """Run folder of a student after four steps; trained once in a session."""
+    folder = teacher.parents[2] / f"student-{name}"
+    config = {"lsq": "configs/qat/digits_w4a4_lsq.yaml", "binary": "configs/default.yaml"}[name]
+    if not (folder / "metrics.json").exists():
+        fit(config, folder, "--model.teacher", teacher, *SHORT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lsq_run(teacher: Path) -> Path:
+    """Run folder of a W4A4 student."""
+    return student("lsq", teacher)
+
+
+@pytest.fixture(scope="session")
+def binary_run(teacher: Path) -> Path:
+    """Run folder of a binary student."""
+    return student("binary", teacher)
+
+
+def _resumable(tmp_path: Path, num_workers: int, **changes: Any) -> Path:
+    """A W4A4 recipe whose weights depend on every random number and every batch."""
+    return write_recipe(
+        tmp_path / "recipe.yaml",
+        **{
+            "model": {
+                "model": {"init_args": {"model_args": {**TINY, "drop_path_rate": 0.1}}},
+                "plan": "configs/plans/vit_w4a4.yaml",
+            },
+            "data": {"num_workers": num_workers},
+            "trainer": {"max_epochs": 10, "limit_train_batches": 6},
+            **changes,
+        },
+    )
+
+
+def _assert_same_run(found: Path, expected: Path) -> None:
+    assert lasting(metrics(found)) == lasting(metrics(expected))
+    assert weights(found) == weights(expected)
+    # An interrupt between the end of an epoch and its logging loses a row, but never adds one.
+    rows, whole = ((f / "metrics.csv").read_text().splitlines() for f in (found, expected))
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(whole)
+    assert len(rows) >= len(whole) - 1
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "status", "num_workers"),
+    [
+        pytest.param(signal.SIGKILL, -9, 0, id="kill"),
+        pytest.param(signal.SIGKILL, -9, 2, id="kill-workers", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, 0, id="interrupt", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, 2, id="interrupt-workers", marks=pytest.mark.slow),
+    ],
+)
+def test_run_that_was_ended_at_a_random_moment_resumes_to_the_same_metrics_and_weights(
+    signal_number: int, status: int, num_workers: int, tmp_path: Path
+) -> None:
+    recipe = _resumable(tmp_path, num_workers)
+    fit(recipe, tmp_path / "whole")
+    process = start("--config", recipe, "--run_dir", tmp_path / "parts")
+    wait = random.SystemRandom().uniform(0, 0.5)
+    assert end(process, signal_number, tmp_path / "parts", wait) == status, f"after {wait} s"
+    fit(recipe, tmp_path / "parts", "--ckpt_path", "last")
+    _assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_run_that_needs_its_random_numbers_differs_with_another_seed(tmp_path: Path) -> None:
+    recipe = _resumable(tmp_path, 0, trainer={"max_epochs": 1, "limit_train_batches": 2})
+    for seed in (0, 1):
+        fit(recipe, tmp_path / str(seed), "--seed_everything", seed)
+    assert weights(tmp_path / "0") != weights(tmp_path / "1")
+
+
+def test_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
+    recipe = _resumable(tmp_path, 0, trainer={"max_epochs": 2, "limit_train_batches": 2})
+    expected, state = fit(recipe, tmp_path / "run"), weights(tmp_path / "run")
+    found = fit(recipe, tmp_path / "run", "--ckpt_path", "last")
+    assert lasting(found) == lasting(expected)
+    assert weights(tmp_path / "run") == state
+
+
+def test_resumed_run_continues_with_longer_training(tmp_path: Path) -> None:
+    recipe = _resumable(tmp_path, 0, trainer={"max_epochs": 1, "limit_train_batches": 2})
+    fit(recipe, tmp_path / "run")
+    more = ("--ckpt_path", "last", "--trainer.max_epochs", 3)
+    assert fit(recipe, tmp_path / "run", *more)["epochs"] == 3
+
+
+def test_teacher_recipe_is_trained_first_and_once(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "teacher.yaml", trainer={"max_epochs": 1, "limit_train_batches": 2})
+    recipe = write_recipe(
+        tmp_path / "student.yaml",
+        "configs/qat/digits_w4a4_lsq.yaml",
+        teacher_config=str(tmp_path / "teacher.yaml"),
+        trainer={"max_epochs": 1, "limit_train_batches": 2},
+    )
+    found = fit(recipe, tmp_path / "run")
+    taught = metrics(tmp_path / "run" / "teacher")
+    assert found["top1_teacher"] == taught["top1"]
+    written = (tmp_path / "run" / "teacher" / "metrics.json").stat().st_mtime_ns
+    fit(recipe, tmp_path / "run", "--ckpt_path", "last")
+    assert (tmp_path / "run" / "teacher" / "metrics.json").stat().st_mtime_ns == written
+
+
+def _wandb_records(path: Path) -> list[Record]:
+    """Records of a `.wandb` file: the log format of LevelDB behind a header of seven bytes."""
+    content, at, parts, records = path.read_bytes(), 7, b"", []
+    assert content.startswith(b":W&B")
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def _key(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_wandb_offline_keeps_config_loss_and_flip_rate_inside_the_run_folder(
+    teacher: Path, tmp_path: Path
+) -> None:
+    found = fit(
+        "configs/qat/digits_w4a4_lsq.yaml",
+        tmp_path / "run",
+        *("--model.teacher", teacher, *SHORT, "--trainer.log_every_n_steps", 1),
+        *("--trainer.logger", "WandbLogger"),
+    )
+    assert wandb.run is None, "the run is not finished, so its file is not complete"
+    (log,) = tmp_path.rglob("*.wandb")
+    assert log.is_relative_to(tmp_path / "run")
+    records = _wandb_records(log)
+    config: dict[str, Any] = {}
+    history: dict[str, list[Any]] = {}
+    for record in records:
+        for item in (*record.run.config.update, *record.config.update):
+            config[_key(item)] = json.loads(item.value_json)
+        for item in record.history.item:
+            history.setdefault(_key(item), []).append(json.loads(item.value_json))
+    assert "qat.quantizers.LSQ" in json.dumps(config)
+    assert "configs/plans/vit_w4a4.yaml" in json.dumps(config)
+    assert len(history["train/loss"]) == 4
+    assert history["weights/flip_rate"] == [pytest.approx(found["flip_rate"])]
+    assert not (ROOT / "wandb").exists()
+
+
+@pytest.fixture
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+
+
+def test_tensorboard_by_class_path_writes_its_events_into_the_run_folder(tmp_path: Path) -> None:
+    logger = {"class_path": "pytorch_lightning.loggers.TensorBoardLogger"}
+    logger["init_args"] = {"save_dir": "."}
+    recipe = write_recipe(tmp_path / "recipe.yaml", trainer={"logger": logger})
+    fit(recipe, tmp_path / "run", *SHORT)
+    events = [*(tmp_path / "run").rglob("events.out.tfevents*")]
+    assert events
+    assert any(b"val/top1" in path.read_bytes() for path in events)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_default_recipe_trains_a_teacher_over_97_percent_and_a_student_within_5_points(
+    seed: int, tmp_path: Path
+) -> None:
+    found = fit("configs/default.yaml", tmp_path / "run", "--seed_everything", seed)
+    assert found["top1_teacher"] > 0.97
+    assert found["top1"] > found["top1_teacher"] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LOWBIT_ASSETS" not in os.environ, reason="LOWBIT_ASSETS is not set")
+def test_imagenet_model_of_the_assets_has_its_known_accuracy(tmp_path: Path) -> None:
+    config = ROOT / "configs/float/imagenet_vit_tiny.yaml"
+    assert run("test", "--config", config, "--run_dir", tmp_path / "run") == 0
+    found = metrics(tmp_path / "run")
+    assert (round(found["top1"] * 500), found["n_images"]) == (403, 500)
+    assert found["top1"] == pytest.approx(0.806, abs=1e-6)

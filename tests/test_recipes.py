@@ -1,0 +1,124 @@
+"""Every recipe parses, every plan applies, every recipe whose data is at hand trains."""
+
+import os
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+
+import qat
+from qat import Plan
+from qat.lightning.cli import make_parser
+from qat.lightning.recipe import load_recipe
+from qat.quantizers import LSQ, quantizers
+from tests import test_end_to_end as runs
+
+teacher = runs.teacher
+
+CONFIGS = runs.ROOT / "configs"
+PLANS = sorted((CONFIGS / "plans").glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS))
+NEEDY = [path for path in RECIPES if "LOWBIT_ASSETS" in path.read_text()]
+NEEDY += [path for path in RECIPES if path not in NEEDY and "cifar10" in path.name]
+AT_HAND = [path for path in RECIPES if path not in NEEDY and "imagenet" not in path.name]
+needs_assets = pytest.mark.skipif("LOWBIT_ASSETS" not in os.environ, reason="no LOWBIT_ASSETS")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+@pytest.fixture
+def _dummy_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("LOWBIT_ASSETS", "IMAGENET"):
+        monkeypatch.setenv(name, "/nowhere")
+    yield
+
+
+def test_there_are_recipes_and_plans_to_try() -> None:
+    assert {"default.yaml", "digits_teacher.yaml"} <= {_name(path) for path in AT_HAND}
+    assert len(NEEDY) >= 4 and len(PLANS) >= 2
+
+
+@pytest.mark.usefixtures("_dummy_folders")
+@pytest.mark.parametrize("path", RECIPES, ids=_name)
+def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
+    parser, _ = make_parser()
+    config = parser.parse_args(["fit", "--config", str(path)]).fit
+    recipe = load_recipe(path)
+    assert config.trainer.max_epochs == recipe.get("trainer", {}).get("max_epochs")
+    assert config.model.plan == recipe["model"].get("plan")
+    assert config.data.batch_size == recipe["data"]["batch_size"]
+
+
+@pytest.mark.usefixtures("_dummy_folders")
+@pytest.mark.parametrize("path", RECIPES, ids=_name)
+def test_files_that_a_recipe_names_in_the_repository_exist(path: Path) -> None:
+    recipe = load_recipe(path)
+    for name in (recipe.get("teacher_config"), recipe["model"].get("plan")):
+        assert name is None or (runs.ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("path", PLANS, ids=_name)
+def test_plan_applies_to_a_vit_without_an_idle_rule(path: Path, tiny_vit, images) -> None:
+    if "binary" in path.name:
+        from binaryvit import BinaryQuantizers
+
+        conversion = qat.convert_(tiny_vit, Plan.load(path), BinaryQuantizers())
+    else:
+        conversion = qat.convert_(tiny_vit, Plan.load(path), LSQ)
+    assert conversion.plan == Plan.load(path)
+    bits = {quantizer.spec.bits for _, quantizer in quantizers(tiny_vit)}
+    assert bits == ({1} if "binary" in path.name else {4})
+    qat.calibrate(tiny_vit, [images])
+    assert tiny_vit(images).isfinite().all()
+
+
+@pytest.mark.parametrize("path", AT_HAND, ids=_name)
+def test_recipe_whose_data_is_at_hand_survives_a_tiny_fit(
+    path: Path, teacher: Path, tmp_path: Path
+) -> None:
+    distilled = "teacher_config" in load_recipe(path)
+    taught = ("--model.teacher", teacher) if distilled else ()
+    limits = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2)
+    found = runs.fit(path, tmp_path / "run", *taught, *limits)
+    assert 0 < found["top1"] <= 1
+    assert ("top1_teacher" in found) == distilled
+    qat.load(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+@needs_assets
+@pytest.mark.parametrize("path", NEEDY, ids=_name)
+def test_recipe_that_needs_assets_is_planned(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = runs.run("plan", "--config", path)
+    shown = capsys.readouterr()
+    assert (status, shown.err) == (0, "")
+    assert "mlp.fc2" in shown.out
+    assert "training memory at batch" in shown.out
+
+
+def test_recipe_of_the_imagenet_folder_is_planned_without_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status = runs.run("plan", "--config", CONFIGS / "binaryvit" / "deit_small_imagenet.yaml")
+    shown = capsys.readouterr()
+    assert (status, shown.err) == (0, "")
+    assert "w1a1" in shown.out
+
+
+@pytest.mark.slow
+@needs_assets
+def test_cifar_recipe_survives_one_batch(tmp_path: Path) -> None:
+    path = CONFIGS / "binaryvit" / "cifar10_vit_tiny_teacher.yaml"
+    limits = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1)
+    limits += ("--trainer.limit_val_batches", 1, "--data.batch_size", 8)
+    found = runs.fit(path, tmp_path / "run", *limits)
+    assert 0 <= found["top1"] <= 1
+
+
+def test_default_recipe_names_files_from_the_root_of_the_repository() -> None:
+    with chdir(runs.ROOT):
+        assert Path(load_recipe("configs/default.yaml")["teacher_config"]).is_file()
