@@ -104,7 +104,8 @@ def _weights_overlay(name: str, weights: str) -> dict[str, Any]:
             f"weights file '{weights}' has no '{classifier}.weight', so it is not of '{name}'; "
             "name the model that it was saved from"
         )
-    return {"file": weights, "num_classes": head.shape[0]}
+    # Older timm would read the file of a model with custom weights in that custom format.
+    return {"file": weights, "custom_load": False, "num_classes": head.shape[0]}
 
 
 def num_classes_of(model: nn.Module) -> int:

@@ -88,12 +88,13 @@ def check_transform(transform: Any, expected: Preprocessing) -> None:
         found["std"] = _floats(steps["Normalize"].std)
     else:
         found["mean"], found["std"] = (0.0,) * channels, (1.0,) * channels
+    _require_equal(found, expected)
+    probe = Image.new("RGB" if channels == 3 else "L", (64, 48))
+    found = {"input_size": tuple(transform(probe).shape)}
     if "Resize" in steps:
         found["interpolation"] = steps["Resize"].interpolation.value
         found["crop_pct"] = _crop_pct(steps["Resize"].size, expected)
     _require_equal(found, expected)
-    probe = Image.new("RGB" if channels == 3 else "L", (64, 48))
-    _require_equal({"input_size": tuple(transform(probe).shape)}, expected)
 
 
 def _require_equal(found: dict[str, Any], expected: Preprocessing) -> None:

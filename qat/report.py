@@ -59,7 +59,10 @@ def kept_in_float(model: nn.Module, cost: Cost) -> dict[str, str]:
 
 def plan_table(cost: Cost) -> Table:
     """Every product: operand widths, MACs, bit operations and bytes of its weight."""
-    table = Table("layer", "type", "precision", title="Plan", title_justify="left")
+    table = Table(title="Plan", title_justify="left")
+    table.add_column("layer", no_wrap=True, overflow="fold")
+    table.add_column("type")
+    table.add_column("precision", no_wrap=True)
     for heading in ("MACs", "BOPs", "weight bytes"):
         table.add_column(heading, justify="right")
     for site in cost.sites:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,12 @@ def test_wandb_offline_keeps_config_loss_and_flip_rate_inside_the_run_folder(
 
 
 @pytest.fixture
-def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    yield
+    wandb.finish()
 
 
 def test_tensorboard_by_class_path_writes_its_events_into_the_run_folder(tmp_path: Path) -> None:

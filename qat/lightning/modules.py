@@ -168,6 +168,10 @@ class Distillation(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the model without this module, and the random state."""
         state = checkpoint["state_dict"]
+        # A weight-averaging callback brings the state of a copy made before calibration; phases
+        # are no weights to average.
+        phases = {k: v for k, v in self.state_dict().items() if k.endswith("_extra_state")}
+        state.update(phases)
         checkpoint[files.MANIFEST] = files.manifest(self.model, state, prefix="model.")
         if self.teacher is not None:
             checkpoint[files.MANIFEST]["teacher_sha256"] = files.digest(self.teacher.state_dict())

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.loggers import Logger, WandbLogger
 from rich.table import Table
 
 from qat.lightning.callbacks import OscillationTracker
@@ -72,7 +73,7 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     callbacks = [*(settings["callbacks"] or []), *_checkpoints(folder)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
-    loggers = [folder.logger(step), *configured_loggers(settings["logger"])]
+    loggers: list[Logger] = [folder.logger(step), *configured_loggers(settings["logger"])]
     trainer = make_trainer(settings, folder, logger=loggers, callbacks=callbacks)
     for logger in loggers[1:]:
         logger.log_hyperparams(_plain(parser, config))
@@ -81,6 +82,7 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
         console.print(f"interrupted; continue with --run_dir {folder.path} --ckpt_path last")
         raise KeyboardInterrupt from None
+    _finish(loggers)
     quiet = {"logger": False, "enable_checkpointing": False, "callbacks": []}
     judge = make_trainer(settings, folder, **quiet)
     items = evaluate(module.model, data, judge)
@@ -139,6 +141,13 @@ def _checkpoints(folder: RunFolder) -> list[ModelCheckpoint]:
         ModelCheckpoint(filename="last", save_on_exception=True, **options),
         ModelCheckpoint(filename="best", monitor="val/top1", mode="max", **options),
     ]
+
+
+def _finish(loggers: list[Logger]) -> None:
+    """End the run of trackers that keep one open, so that the student's is not the teacher's."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and is_first_process():
+            logger.experiment.finish()
 
 
 def _find_checkpoint(config: Namespace, folder: RunFolder) -> Path | None:
