@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import adapt_input_conv
 from torch import nn
 
 from qat import timm_model
@@ -52,13 +51,13 @@ def test_weights_of_a_file_give_the_logits_of_the_model_that_was_saved(
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_weights_for_any_number_of_channels_are_loaded(channels: int, tmp_path: Path) -> None:
-    try:
-        adapt_input_conv(channels, torch.zeros(1, channels, 1, 1))
-    except NotImplementedError:
-        pytest.skip("this timm converts weights of 3 channels only")
+def test_weights_for_any_number_of_channels_are_loaded(
+    channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = timm_model("vit_tiny_patch16_224", img_size=8, in_chans=channels, model_args=TINY)
     loaded = _tiny(_saved(model, tmp_path), in_chans=channels)
+    if "Unable to convert" in caplog.text:
+        pytest.skip("this timm, an older one, loads weights of 1 and 3 channels only")
     assert torch.equal(loaded.patch_embed.proj.weight, model.patch_embed.proj.weight)
 
 
