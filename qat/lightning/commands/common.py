@@ -98,6 +98,12 @@ def make_trainer(arguments: dict[str, Any], folder: RunFolder, **changes: Any) -
     return Trainer(**{**arguments, "default_root_dir": str(folder.path), **changes})
 
 
+def make_judge(arguments: dict[str, Any], folder: RunFolder) -> Trainer:
+    """A trainer that only evaluates: the recipe's arguments, without loggers and callbacks."""
+    quiet = {"logger": False, "enable_checkpointing": False, "callbacks": []}
+    return make_trainer(arguments, folder, **quiet)
+
+
 def place_loggers(config: Namespace, folder: RunFolder) -> None:
     """Let the loggers of a recipe write into the run folder; W&B keeps one identity on resume."""
     loggers = config.trainer.logger

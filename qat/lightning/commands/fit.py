@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -21,6 +22,7 @@ from qat.lightning.commands.common import (
     console,
     evaluate,
     make_data,
+    make_judge,
     make_module,
     make_trainer,
     model_items,
@@ -30,6 +32,8 @@ from qat.lightning.commands.common import (
     run_items,
     trainer_arguments,
 )
+from qat.lightning.data import VisionData
+from qat.lightning.modules import Distillation
 from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
@@ -83,22 +87,24 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
         console.print(f"interrupted; continue with --run_dir {folder.path} --ckpt_path last")
         raise KeyboardInterrupt from None
     _finish(loggers)
-    quiet = {"logger": False, "enable_checkpointing": False, "callbacks": []}
-    judge = make_trainer(settings, folder, **quiet)
-    items = evaluate(module.model, data, judge)
-    if module.teacher is not None:
-        costs = model_items(module.teacher)
-        teacher = evaluate(module.teacher, data, judge) | costs
-        items |= {f"{key}_teacher": teacher[key] for key in ("top1", "n_images", *costs)}
     folder.write_metrics(
         {
             **run_items("fit", config, started, trainer.strategy.root_device),
-            **items,
-            **model_items(module.model),
+            **_judge(module, data, make_judge(settings, folder)),
             "epochs": trainer.current_epoch,
             **tracker.summary(),
         }
     )
+
+
+def _judge(module: Distillation, data: VisionData, judge: Trainer) -> dict[str, Any]:
+    """Accuracy and costs of the trained model, and those of its teacher as `<key>_teacher`."""
+    items = evaluate(module.model, data, judge) | model_items(module.model)
+    if module.teacher is not None:
+        costs = model_items(module.teacher)
+        teacher = evaluate(module.teacher, data, judge) | costs
+        items |= {f"{key}_teacher": teacher[key] for key in ("top1", "n_images", *costs)}
+    return items
 
 
 def comparison_table(folder: RunFolder) -> Table:

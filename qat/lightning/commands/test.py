@@ -15,8 +15,8 @@ from qat.lightning.commands.common import (
     console,
     evaluate,
     make_data,
+    make_judge,
     make_module,
-    make_trainer,
     model_items,
     prepare,
     recipe_name,
@@ -46,8 +46,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     model = load_model(parser, config)
     data = make_data(parser, config)
     check_coverage(model, config.require_coverage)
-    quiet = {"logger": False, "enable_checkpointing": False}
-    trainer = make_trainer(trainer_arguments(parser, config), folder, **quiet)
+    trainer = make_judge(trainer_arguments(parser, config), folder)
     items = evaluate(model, data, trainer)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_metrics(
