@@ -1,5 +1,7 @@
-"""Callbacks: oscillation of quantized weights, and use of binary activations."""
+"""Callbacks: oscillation of quantized weights, use of binary activations, orderly interrupts."""
 
+import signal
+import threading
 from typing import Any
 
 import torch
@@ -149,6 +151,42 @@ class OscillationTracker(Callback):
             self._entropy[name].append(sign_statistics(output.detach(), quantizer.shape))
 
         return hook
+
+
+class OrderlyInterrupt(Callback):
+    """Lets Ctrl-C end training between two steps, where a checkpoint is exact.
+
+    An interrupt in the middle of a step may leave weights that have moved and counters that have
+    not. During validation it waits for the next step. A second Ctrl-C ends the run at once.
+    Distributed runs keep Lightning's own handling.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signal."""
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run if that was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signal back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def _model(module: LightningModule) -> nn.Module:

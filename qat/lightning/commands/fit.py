@@ -13,7 +13,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger, WandbLogger
 from rich.table import Table
 
-from qat.lightning.callbacks import OscillationTracker
+from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
 from qat.lightning.commands.common import (
     add_run_arguments,
     add_training_arguments,
@@ -74,7 +74,8 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     check_coverage(module.model, config.require_coverage)
     step = None if resume is None else _step(resume)
     tracker = OscillationTracker()
-    callbacks = [*(settings["callbacks"] or []), *_checkpoints(folder)]
+    interrupt = OrderlyInterrupt()
+    callbacks = [*(settings["callbacks"] or []), interrupt, *_checkpoints(folder)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
     loggers: list[Logger] = [folder.logger(step), *configured_loggers(settings["logger"])]
@@ -83,9 +84,12 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
         logger.log_hyperparams(_plain(parser, config))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        interrupted = interrupt.asked
     except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
+        interrupted = True
+    if interrupted:
         console.print(f"interrupted; continue with --run_dir {folder.path} --ckpt_path last")
-        raise KeyboardInterrupt from None
+        raise KeyboardInterrupt
     _finish(loggers)
     folder.write_metrics(
         {
