@@ -115,8 +115,15 @@ def test_recipe_of_the_imagenet_folder_is_planned_without_data(
 @needs_assets
 def test_cifar_recipe_survives_one_batch(tmp_path: Path) -> None:
     path = CONFIGS / "binaryvit" / "cifar10_vit_tiny_teacher.yaml"
-    limits = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1)
-    limits += ("--trainer.limit_val_batches", 1, "--data.batch_size", 8)
+    limits = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 0.001)
+    limits += (
+        "--trainer.limit_val_batches",
+        0.005,
+        "--data.batch_size",
+        8,
+        "--data.num_workers",
+        0,
+    )
     found = runs.fit(path, tmp_path / "run", *limits)
     assert 0 <= found["top1"] <= 1
 
