@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qat.quantizers import Phase, Quantizer, quantizers, set_phase
+from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
 
 
 class Initialiser(Protocol):
@@ -73,21 +74,106 @@ def calibrate(model: nn.Module, batches: Iterable[Float[Tensor, "batch c h w"]])
     model.eval()
     try:
         with observing(model), torch.no_grad():
-            num_batches = 0
-            for images in batches:
-                if not torch.isfinite(images).all():
-                    raise ValueError(
-                        f"calibration batch {num_batches} holds NaN or infinite pixels; "
-                        "remove the broken image and calibrate again, the model is unchanged"
-                    )
+            for images in finite(batches):
                 model(images)
-                num_batches += 1
-            if not num_batches:
-                raise ValueError("calibration needs at least one batch of images, got none")
     finally:
         for module, mode in modes.items():
             module.training = mode
     _broadcast(model)
+
+
+def finite(batches: Iterable[Float[Tensor, "batch c h w"]]) -> Iterator[Tensor]:
+    """The batches, each checked.
+
+    Raises:
+        ValueError: If there is none, or one holds pixels that are NaN or infinite.
+    """
+    num_batches = 0
+    for images in batches:
+        if not torch.isfinite(images).all():
+            raise ValueError(
+                f"calibration batch {num_batches} holds NaN or infinite pixels; "
+                "remove the broken image and calibrate again, the model is unchanged"
+            )
+        yield images
+        num_batches += 1
+    if not num_batches:
+        raise ValueError("calibration needs at least one batch of images, got none")
+
+
+def calibrate_in_order(model: nn.Module, images: Float[Tensor, "batch c h w"]) -> None:
+    """Calibrate the quantizers still in FLOAT one after another, in a single forward pass.
+
+    Each is frozen as soon as it has seen its operand, so that those after it observe what an
+    already quantized model computes. Ends in phase QUANTIZE.
+
+    Args:
+        model: A converted model.
+        images: One batch of preprocessed images.
+
+    Raises:
+        RuntimeError: If a quantizer saw no data.
+    """
+    waiting = {q: name for name, q in quantizers(model) if q.phase is Phase.FLOAT}
+    for quantizer in waiting:
+        quantizer.phase = Phase.OBSERVE
+    handles = [q.register_forward_pre_hook(partial(_freeze_on_sight, waiting)) for q in waiting]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if waiting:
+        name = next(iter(waiting.values()))
+        raise RuntimeError(f"{name}: its operand does not occur in a forward pass of the model")
+
+
+def _freeze_on_sight(
+    waiting: dict[Quantizer, str], quantizer: Quantizer, inputs: tuple[Tensor]
+) -> None:
+    name = waiting.pop(quantizer, None)
+    if name is None:
+        return
+    quantizer(*inputs)  # in phase OBSERVE; comes by here again, no longer waiting
+    _freeze(name, quantizer)
+    quantizer.forget()
+    quantizer.phase = Phase.QUANTIZE
+
+
+@contextmanager
+def observed_by(model: nn.Module, make_observer: ObserverFactory) -> Iterator[None]:
+    """Let every quantizer that has an observer use another one within the block."""
+    own = {}
+    for _, quantizer in quantizers(model):
+        if isinstance(getattr(quantizer, "observer", None), nn.Module):
+            own[quantizer] = quantizer.observer
+            other = make_observer(quantizer.spec, quantizer.shape)
+            quantizer.observer = other.to(quantizer.observer.count.device)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for quantizer, observer in own.items():
+            quantizer.observer = observer
+
+
+@contextmanager
+def untouched_on_error(model: nn.Module) -> Iterator[None]:
+    """In eval mode within the block; if it raises, weights, quantizers and phases are as before."""
+    modes = {module: module.training for module in model.modules()}
+    parameters = {module: dict(module._parameters) for module in model.modules()}
+    state = _copy(model)
+    model.eval()
+    try:
+        yield
+    except BaseException:
+        for module, own in parameters.items():
+            module._parameters = own
+        model.load_state_dict(state)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _freeze(name: str, quantizer: Quantizer) -> None:

@@ -5,7 +5,9 @@ loads with only quantizer keys missing. None in place of a quantizer means full 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +46,12 @@ class QuantLinear(nn.Module):
         """Product of the quantized operands plus the float bias."""
         weight = through(self.weight_quantizer, self.weight)
         return F.linear(through(self.input_quantizer, x), weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Make room for a bias that an initialiser gave to a layer without one."""
+        if self.bias is None and f"{prefix}bias" in state_dict:
+            self.bias = nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuantConv2d(nn.Module):

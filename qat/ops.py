@@ -3,20 +3,9 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd import Function
-
-
-def to_grid_units(
-    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."] | None
-) -> Float[Tensor, "..."]:
-    """Real values in units of codes, `x / scale + zero_point`, not rounded; a new tensor.
-
-    The division is a true one: multiplying by the reciprocal flips codes at the boundaries.
-    """
-    v = x / scale
-    return v if zero_point is None else v.add_(zero_point)
 
 
 def quantize(
@@ -26,12 +15,15 @@ def quantize(
     qmin: int,
     qmax: int,
 ) -> Float[Tensor, "..."]:
-    """Integer codes `round(clip(x / scale + zero_point, qmin, qmax))`, kept in floating point.
+    """Integer codes `clip(round(x / scale) + zero_point, qmin, qmax)`, kept in floating point.
+
+    The division is a true one: multiplying by the reciprocal flips codes at the boundaries.
 
     Args:
         x: Real values.
         scale: Size of one step in the units of `x`, positive; broadcasts against `x`.
-        zero_point: Code of the real value zero, an integer; None for a symmetric grid.
+        zero_point: Code of the real value zero; None for a symmetric grid. A fraction is legal: it
+            leaves a partial step at either end of the grid, and codes that are no integers.
         qmin: Smallest code.
         qmax: Largest code.
 
@@ -39,7 +31,8 @@ def quantize(
         >>> quantize(torch.tensor([0.3, -9.0]), torch.tensor(0.5), None, -2, 1)
         tensor([ 1., -2.])
     """
-    return to_grid_units(x, scale, zero_point).clamp_(qmin, qmax).round_()
+    codes = (x / scale).round_()
+    return (codes if zero_point is None else codes.add_(zero_point)).clamp_(qmin, qmax)
 
 
 def dequantize(
@@ -54,7 +47,7 @@ def dequantize(
 class _FakeQuantize(Function):
     """Quantize and map back, with the gradients of LSQ (Esser et al. 2020, Eq. 3).
 
-    With v = x / s + z, inside meaning qmin < v < qmax, and c the clipped and rounded code:
+    With v = x / s + z, inside meaning qmin < v < qmax, and c the rounded and clipped code:
 
         d out / d x = 1 inside, 0 outside
         d out / d s = (c - z) - (v - z) inside,  c - z outside
@@ -72,8 +65,12 @@ class _FakeQuantize(Function):
         qmax: int,
         grad_factor: float,
     ) -> Tensor:
-        v = to_grid_units(x, scale, zero_point)
-        codes = v.clamp(qmin, qmax).round_()
+        v = x / scale
+        codes = v.round()
+        if zero_point is not None:
+            codes.add_(zero_point)
+            v.add_(zero_point)
+        codes.clamp_(qmin, qmax)
         out = (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
         ctx.save_for_backward(v, out, scale, zero_point)
         ctx.bounds = (qmin, qmax, grad_factor)
@@ -112,6 +109,63 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, grad_factor)  # type: ignore[return-value]
 
 
+def look_up(codes: Shaped[Tensor, "*shape"], table: Float[Tensor, " codes"]) -> Tensor:
+    """Real values of codes, by a table of the value of each.
+
+    Example:
+        >>> look_up(torch.tensor([1, 0]), torch.tensor([0.5, 0.25]))
+        tensor([0.2500, 0.5000])
+    """
+    return table.index_select(0, codes.int().flatten()).view(codes.shape)
+
+
+class _TableQuantize(Function):
+    """Values of a table for the codes of `x`; straight through inside, as in `_FakeQuantize`.
+
+    With y = s * level(code(x / s)), inside meaning 0 < x < s:
+
+        d y / d x = 1 inside, 0 outside
+        d y / d s = (y - x) / s inside,  y / s outside
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, grad_factor: float
+    ) -> Tensor:
+        out = look_up(codes, levels * scale)
+        ctx.save_for_backward(x, out, scale)
+        ctx.grad_factor = grad_factor
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, out, scale = ctx.saved_tensors
+        grad_x = grad * ((x > 0) & (x < scale))
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None
+        grad_scale = ((grad * out).sum() - (grad_x * x).sum()) / scale * ctx.grad_factor
+        return grad_x, grad_scale, None, None, None
+
+
+def table_quantize(
+    x: Float[Tensor, "*shape"],
+    scale: Float[Tensor, ""],
+    codes: Float[Tensor, "*shape"],
+    levels: Float[Tensor, " codes"],
+    grad_factor: float = 1.0,
+) -> Float[Tensor, "*shape"]:
+    """Values `scale * levels[codes]`, with the gradients of a quantizer of [0, scale].
+
+    Args:
+        x: Real values, what `codes` was computed from.
+        scale: Upper end of the grid.
+        codes: Index of each value's level, an integer kept in floating point.
+        levels: The grid, in units of the scale.
+        grad_factor: Multiplies the gradient of the scale.
+    """
+    return _TableQuantize.apply(x, scale, codes, levels, grad_factor)  # type: ignore[return-value]
+
+
 def code_dtype(qmin: int, qmax: int) -> torch.dtype:
     """Smallest integer dtype that holds the codes qmin to qmax."""
     for dtype in (torch.int8, torch.uint8, torch.int16):
@@ -122,7 +176,7 @@ def code_dtype(qmin: int, qmax: int) -> torch.dtype:
 
 
 def boundary_distance(v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Distance of values in grid units to the nearest rounding boundary, 0 to 0.5.
+    """Distance of values in units of the step to the nearest rounding boundary, 0 to 0.5.
 
     Example:
         >>> boundary_distance(torch.tensor([1.0, 1.4, -0.5]))

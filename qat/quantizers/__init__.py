@@ -10,22 +10,40 @@ from qat.quantizers.base import (
     quantizers,
     set_phase,
 )
+from qat.quantizers.companding import Companding
+from qat.quantizers.log import Log2, LogSqrt2, ZeroCode
 from qat.quantizers.lsq import LSQ
-from qat.quantizers.observers import MSE, MinMax, Observer, ObserverFactory, Percentile
+from qat.quantizers.observers import (
+    MSE,
+    MinMax,
+    Observer,
+    ObserverFactory,
+    Percentile,
+    PercentileMSE,
+)
+from qat.quantizers.per_operand import PerOperand
+from qat.quantizers.tanq import TanQ
 
 __all__ = [
     "LSQ",
     "MSE",
     "Affine",
     "Codes",
+    "Companding",
     "Factory",
+    "Log2",
+    "LogSqrt2",
     "MinMax",
     "Observer",
     "ObserverFactory",
+    "PerOperand",
     "Percentile",
+    "PercentileMSE",
     "Phase",
     "Quantizer",
     "QuantizerFactory",
+    "TanQ",
+    "ZeroCode",
     "quantizers",
     "set_phase",
 ]

@@ -1,15 +1,18 @@
 """Uniform affine quantization with statistics-derived scale and zero point: the baseline.
 
-    codes   c = round(clip(x / s + z, qmin, qmax))
+    codes   c = clip(round(x / s) + z, qmin, qmax)
     output  (c - z) * s
     start   s, z cover the range that the observer chose
 
 Symbols: s = `scale`, z = `zero_point`. A signed spec is symmetric, z = 0.
-Provenance: textbook; Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877.
+Provenance: textbook; Jacob et al., CVPR 2018, https://arxiv.org/abs/1712.05877. With `learn_scale`
+the scale receives the gradient of LSQ (`qat.quantizers.lsq`) and the zero point stays.
 """
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat import ops
 from qat.quantizers.base import Codes, Quantizer
@@ -18,16 +21,16 @@ from qat.spec import Operand, QuantSpec
 
 
 class Affine(Quantizer):
-    """Fixed scale and zero point, set once from statistics; the gradient passes straight through.
+    """Scale and zero point set from statistics; the gradient passes straight through.
 
     Args:
         spec: Bits, sign and granularity.
         shape: Trailing shape of the operand.
         operand: Role of the tensor in its product.
         observer: Statistics that choose the clipping range.
+        learn_scale: Train the scale as well.
     """
 
-    scale: Tensor
     zero_point: Tensor
 
     def __init__(
@@ -37,11 +40,14 @@ class Affine(Quantizer):
         operand: Operand = Operand.INPUT,
         *,
         observer: ObserverFactory = MinMax,
+        learn_scale: bool = False,
     ) -> None:
         super().__init__(spec, shape, operand)
         self.observer = observer(spec, shape)
-        self.register_buffer("scale", torch.ones(spec.scale_shape(shape)))
+        self.scale = nn.Parameter(torch.ones(spec.scale_shape(shape)), requires_grad=learn_scale)
         self.register_buffer("zero_point", torch.zeros(spec.scale_shape(shape)))
+        values_per_scale = math.prod(shape) / self.scale.numel()
+        self.grad_factor = 1 / math.sqrt(values_per_scale * spec.qmax)
 
     def observe(self, x: Tensor) -> None:
         """Show a batch to the observer."""
@@ -53,25 +59,39 @@ class Affine(Quantizer):
 
     def freeze(self) -> None:
         """Scale and zero point from the observed range."""
-        scale, zero_point = scale_of_range(*self.observer.range(), self.spec)
+        wide = self.observer.contains_zero
+        self.set_grid(*scale_of_range(*self.observer.range(), self.spec, contains_zero=wide))
+
+    @torch.no_grad()
+    def set_grid(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Take a scale and, for an unsigned grid, a zero point."""
         self.scale.copy_(scale)
         if zero_point is not None:
             self.zero_point.copy_(zero_point)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Nearest value of the grid."""
-        spec = self.spec
-        return ops.fake_quantize(x, self.scale, self._offset(), spec.qmin, spec.qmax)
+        spec, offset = self.spec, self._offset()
+        return ops.fake_quantize(x, self.scale, offset, spec.qmin, spec.qmax, self.grad_factor)
 
     def codes(self, x: Tensor) -> Codes:
-        """Codes of `x` with scale and zero point."""
-        spec = self.spec
-        values = ops.quantize(x.detach(), self.scale, self._offset(), spec.qmin, spec.qmax)
-        return Codes(values.to(ops.code_dtype(spec.qmin, spec.qmax)), self.scale, self._offset())
+        """Codes of `x` with scale and zero point.
+
+        Raises:
+            ValueError: If the zero point is a fraction, so that there are no integer codes.
+        """
+        spec, scale, offset = self.spec, self.scale.detach(), self._offset()
+        if offset is not None and (offset != offset.round()).any():
+            raise ValueError(
+                f"the zero point of the {self.operand} is a fraction, so its codes are no "
+                "integers; initialise with ptq_init.repq_vit.RepQViT(mode='paper'), which rounds it"
+            )
+        values = ops.quantize(x.detach(), scale, offset, spec.qmin, spec.qmax)
+        return Codes(values.to(ops.code_dtype(spec.qmin, spec.qmax)), scale, offset)
 
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to the nearest rounding boundary, in steps."""
-        return ops.boundary_distance(ops.to_grid_units(x.detach(), self.scale, self._offset()))
+        return ops.boundary_distance(x.detach() / self.scale.detach())
 
     def _offset(self) -> Tensor | None:
         return None if self.spec.signed else self.zero_point

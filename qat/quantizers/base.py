@@ -13,7 +13,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from qat.ops import dequantize
+from qat.ops import dequantize, look_up
 from qat.spec import Operand, QuantSpec
 
 
@@ -33,11 +33,14 @@ class Codes:
         values: Codes, of the smallest integer type that holds the grid, in the tensor's shape.
         scale: Size of one step; broadcasts against `values`.
         zero_point: Code of the real value zero; None for a symmetric grid.
+        table: Real value of each code, for a grid whose steps differ; then `scale` is its largest
+            value and there is no zero point.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    table: Tensor | None = None
 
 
 class Quantizer(nn.Module, ABC):
@@ -94,7 +97,9 @@ class Quantizer(nn.Module, ABC):
         """Integer codes of `x`; `dequantize(codes(x))` equals `fake_quantize(x)` bit for bit."""
 
     def dequantize(self, codes: Codes) -> Tensor:
-        """Real values of integer codes. Grids that are not affine override this."""
+        """Real values of integer codes. Grids of another form override this."""
+        if codes.table is not None:
+            return look_up(codes.values, codes.table)
         return dequantize(codes.values.to(codes.scale.dtype), codes.scale, codes.zero_point)
 
     def boundary_distance(self, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class LSQ(Quantizer):
 
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to the nearest rounding boundary, in steps."""
-        return ops.boundary_distance(ops.to_grid_units(x.detach(), self._step().detach(), None))
+        return ops.boundary_distance(x.detach() / self._step().detach())
 
     def _step(self) -> Tensor:
         return self.scale.abs()

@@ -1,4 +1,4 @@
-"""Statistics that choose the clipping range of an operand: min-max, percentile, mean squared error.
+"""Statistics that choose the clipping range of an operand: min-max, percentiles, squared error.
 
 An observer sees batches and answers with a range; it never quantizes a model. Its buffers have
 their final shape from the start and stay out of checkpoints: once a quantizer is frozen, the range
@@ -7,6 +7,7 @@ lives in its scale.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,9 @@ class Observer(nn.Module, ABC):
         spec: Bits, sign and granularity of the operand.
         shape: Its trailing shape.
     """
+
+    contains_zero: ClassVar[bool] = True
+    """Whether an unsigned grid is widened so that zero has a code."""
 
     count: Tensor
 
@@ -176,14 +180,8 @@ class MSE(Observer):
             self.lower.copy_(groups.amin(1))
             self.upper.copy_(groups.amax(1))
         for i, fraction in enumerate(self.fractions):
-            scale, zero_point = scale_of_range(
-                self.lower * fraction, self.upper * fraction, self.spec
-            )
-            scale = scale[:, None]
-            zero_point = None if zero_point is None else zero_point[:, None]
-            codes = quantize(groups, scale, zero_point, self.spec.qmin, self.spec.qmax)
-            residual = dequantize(codes, scale, zero_point).sub_(groups)
-            self.error[i] += residual.square_().sum(1)
+            bounds = self.lower * fraction, self.upper * fraction
+            self.error[i] += squared_error(groups, *scale_of_range(*bounds, self.spec), self.spec)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The candidate of least error, scale by scale."""
@@ -191,14 +189,102 @@ class MSE(Observer):
         return self.lower * best, self.upper * best
 
 
+class PercentileMSE(Observer):
+    """The range between two quantiles, of few candidates, whose grid has the least squared error.
+
+    The first batch fixes the candidates, between the quantiles 1 - p and p for each p; the errors
+    of all batches choose among them. All scales are searched at once. The range need not contain
+    zero. Source: official code of RepQ-ViT (https://github.com/zkkli/RepQ-ViT), which loops.
+
+    Args:
+        spec: Bits, sign and granularity of the operand.
+        shape: Its trailing shape.
+        fractions: The candidates p.
+    """
+
+    contains_zero = False
+    error: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, ...],
+        fractions: tuple[float, ...] = (0.999, 0.9999, 0.99999),
+    ) -> None:
+        super().__init__(spec, shape)
+        if not fractions or not all(0.5 < fraction <= 1 for fraction in fractions):
+            raise ValueError(f"PercentileMSE.fractions must be in (0.5, 1], got {fractions}")
+        self.fractions = tuple(fractions)
+        for name in ("error", "lower", "upper"):
+            self._buffer(name, 0.0, len(self.fractions))
+
+    def update(self, groups: Tensor) -> None:
+        """Add the error of every candidate on this batch."""
+        if not self.count:
+            self.upper.copy_(upper_quantiles(groups, self.fractions))
+            self.lower.copy_(-upper_quantiles(-groups, self.fractions))
+        for i in range(len(self.fractions)):
+            grid = scale_of_range(self.lower[i], self.upper[i], self.spec, contains_zero=False)
+            self.error[i] += squared_error(groups, *grid, self.spec)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The candidate of least error, scale by scale."""
+        best = self.error.argmin(0, keepdim=True)
+        return self.lower.gather(0, best)[0], self.upper.gather(0, best)[0]
+
+
+def upper_quantiles(
+    groups: Float[Tensor, "rows values"], fractions: tuple[float, ...]
+) -> Float[Tensor, "fractions rows"]:
+    """Quantiles near the top of each row, linearly interpolated as in `torch.quantile`.
+
+    Only the tail is selected, so that rows of any length cost one partial sort.
+
+    Example:
+        >>> upper_quantiles(torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]), (0.875, 1.0))
+        tensor([[3.5000],
+                [4.0000]])
+    """
+    last = groups.shape[1] - 1
+    ranks = [fraction * last for fraction in fractions]
+    tail = min(last + 1, last - int(min(ranks)) + 1)
+    top = groups.topk(tail, dim=1).values
+    quantiles = []
+    for rank in ranks:
+        below = int(rank)
+        above = min(below + 1, last)
+        quantiles.append(torch.lerp(top[:, last - below], top[:, last - above], rank - below))
+    return torch.stack(quantiles)
+
+
+def squared_error(
+    groups: Float[Tensor, "rows values"],
+    scale: Float[Tensor, " rows"],
+    zero_point: Float[Tensor, " rows"] | None,
+    spec: QuantSpec,
+) -> Float[Tensor, " rows"]:
+    """Sum of squared quantization errors of each row."""
+    scale = scale[:, None]
+    zero_point = None if zero_point is None else zero_point[:, None]
+    codes = quantize(groups, scale, zero_point, spec.qmin, spec.qmax)
+    return dequantize(codes, scale, zero_point).sub_(groups).square_().sum(1)
+
+
 def scale_of_range(
-    lower: Float[Tensor, "*scales"], upper: Float[Tensor, "*scales"], spec: QuantSpec
+    lower: Float[Tensor, "*scales"],
+    upper: Float[Tensor, "*scales"],
+    spec: QuantSpec,
+    *,
+    contains_zero: bool = True,
 ) -> tuple[Float[Tensor, "*scales"], Float[Tensor, "*scales"] | None]:
     """Scale and zero point of the grid that covers [lower, upper].
 
     A signed grid has no zero point; its scale is the smallest whose grid covers both ends. An
-    unsigned one is widened to contain zero, so that zero has a code. An empty range, that of a
-    channel that is always zero, gets scale 1.
+    unsigned one is widened to contain zero, so that zero has a code; without `contains_zero` it is
+    not, and its zero point may lie outside the codes. An empty range, that of a constant channel,
+    is always widened; one that is empty even then, of a channel of zeros, gets scale 1.
 
     Example:
         >>> scale_of_range(torch.tensor(-1.0), torch.tensor(2.0), QuantSpec(2, signed=False))
@@ -207,7 +293,9 @@ def scale_of_range(
     if spec.signed:
         scale = torch.maximum(lower / spec.qmin, upper / spec.qmax)
         return torch.where(scale > 0, scale, 1.0), None
-    lower, upper = lower.clamp(max=0), upper.clamp(min=0)
+    widen = upper <= lower if not contains_zero else torch.ones_like(lower, dtype=torch.bool)
+    lower = torch.where(widen, lower.clamp(max=0), lower)
+    upper = torch.where(widen, upper.clamp(min=0), upper)
     scale = (upper - lower) / spec.qmax
     scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (-lower / scale).round().clamp(0, spec.qmax)
+    return scale, (-lower / scale).round()

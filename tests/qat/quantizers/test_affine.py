@@ -31,7 +31,7 @@ def test_signed_grid_is_symmetric_without_zero_point() -> None:
 def test_unsigned_grid_shifts_by_the_zero_point() -> None:
     quantizer = _frozen(QuantSpec(2, signed=False), torch.tensor([-0.5, 1.0]))  # s 0.5, z 1
     x = torch.tensor([-9.0, -0.5, -0.25, 0.0, 0.25, 0.3, 0.75, 1.0, 9.0])
-    codes = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3])
+    codes = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3])
     assert torch.equal(quantizer.codes(x).values.long(), codes)
     assert torch.equal(quantizer.fake_quantize(x), (codes - 1) * 0.5)
 
@@ -50,9 +50,10 @@ def test_gradient_passes_straight_through_inside_and_stops_outside() -> None:
     assert torch.equal(x.grad, torch.tensor([0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0]))
 
 
-def test_nothing_of_it_is_trained() -> None:
+def test_nothing_of_it_is_trained_unless_asked_for() -> None:
     quantizer = Affine(QuantSpec(4), (3,))
-    assert not list(quantizer.parameters())
+    assert not any(parameter.requires_grad for parameter in quantizer.parameters())
+    assert Affine(QuantSpec(4), (3,), learn_scale=True).scale.requires_grad
     assert set(quantizer.state_dict()) == {"scale", "zero_point", "_extra_state"}
 
 

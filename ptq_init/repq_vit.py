@@ -1,0 +1,223 @@
+"""RepQ-ViT: quantize with an expensive quantizer, run with a cheap one.
+
+Li, Xiao, Yang, Gu. ICCV 2023. https://arxiv.org/abs/2212.08254
+
+After each LayerNorm, x' = gamma xhat + beta is calibrated channel by channel, giving vectors s, z.
+One scale and zero point for all channels follow from moving the difference into the neighbours:
+
+    s~ = mean(s),   z~ = mean(z),   r1 = s / s~,   r2 = z - z~
+    gamma <- gamma / r1             beta <- (beta + s r2) / r1
+    W[:, d] <- r1[d] W[:, d]        b <- b - W (s r2)
+
+The float model computes the same as before; x~ / s~ + z~ = x' / s + z, so even the codes are the
+same, and all that is lost is lost in quantizing the new W. Attention maps take `LogSqrt2`, whose
+odd codes cost one multiplication (`qat.quantizers.log`).
+
+Modes: `code` is the official repository, in which z~ is a fraction; `paper` rounds it, as an
+integer kernel must. The other difference, what becomes of small attention values, is the `zero` of
+the quantizer: `extra` in the code, `none` in the paper.
+Deviations: a channel that is constant, or nearly, has a scale that does not vanish; the reparametrized
+float model is compared with the original.
+Provenance: the authors' code (commit a160561), read, not copied.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qat.calibrate import calibrate_in_order, finite, observed_by, untouched_on_error
+from qat.layers import QuantLinear
+from qat.quantizers import Affine, PercentileMSE, Phase, Quantizer, set_phase
+from qat.spec import Granularity, QuantSpec
+
+NEIGHBOURS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("norm", "reduction"))
+"""A LayerNorm and the linear layer it feeds: ViT and Swin blocks, Swin patch merging."""
+
+CommonGrid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From scales and zero points of the channels to one of each for all."""
+
+
+def mean_grid(scales: Tensor, zero_points: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean scale and mean zero point, which is a fraction."""
+    return scales.mean(), zero_points.mean()
+
+
+def rounded_mean_grid(scales: Tensor, zero_points: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean scale and rounded mean zero point."""
+    return scales.mean(), zero_points.mean().round()
+
+
+SMALLEST_SHARE = 1e-4
+"""Scales below this share of their mean are raised to it."""
+LARGEST_GAP = 1e-2
+"""Relative change of float logits that rounding can explain."""
+MODES: dict[str, CommonGrid] = {"code": mean_grid, "paper": rounded_mean_grid}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A LayerNorm, and the only layer that reads its output.
+
+    Attributes:
+        name: Name of the layer.
+        norm: The LayerNorm.
+        linear: The layer, with quantizers of weight and input.
+    """
+
+    name: str
+    norm: nn.LayerNorm
+    linear: QuantLinear
+
+
+@dataclass(frozen=True)
+class RepQViT:
+    """The initialiser: calibrate, reparametrize, calibrate the changed weights again.
+
+    Attributes:
+        mode: `code` as the official repository, `paper` with an integer common zero point.
+    """
+
+    mode: Literal["code", "paper"] = "code"
+
+    def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+        """Initialise a converted model; all batches count as one.
+
+        Raises:
+            ValueError: If the images are not finite, or the model has no LayerNorm whose output
+                can be reparametrized.
+        """
+        images = torch.cat(list(finite(batches)))
+        with untouched_on_error(model):
+            initialise(model, images, MODES[self.mode])
+
+
+@torch.no_grad()
+def initialise(
+    model: nn.Module, images: Float[Tensor, "batch c h w"], common_grid: CommonGrid
+) -> None:
+    """Calibrate and reparametrize a converted model, by any choice of the common grid."""
+    pairs = norm_pairs(model)
+    set_phase(model, Phase.FLOAT)
+    sample = images[:2]
+    before = model(sample)
+    with observed_by(model, PercentileMSE):
+        with _channel_wise(pairs) as grids:
+            calibrate_in_order(model, images)
+        for pair, channels in zip(pairs, grids, strict=True):
+            _fold(pair, channels, common_grid)
+        calibrate_in_order(model, images)
+    _require_same_function(model, sample, before)
+
+
+def norm_pairs(model: nn.Module) -> list[Pair]:
+    """Every LayerNorm with a layer whose input is quantized with one scale for all channels.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = []
+    for name, module in model.named_modules():
+        for norm_name, linear_name in NEIGHBOURS:
+            norm = getattr(module, norm_name, None)
+            owner, _, leaf = linear_name.rpartition(".")
+            linear = getattr(getattr(module, owner, None) if owner else module, leaf, None)
+            quantizer = getattr(linear, "input_quantizer", None)
+            if (
+                isinstance(norm, nn.LayerNorm)
+                and norm.elementwise_affine
+                and isinstance(quantizer, Quantizer)
+                and quantizer.spec.granularity is Granularity.PER_TENSOR
+            ):
+                found.append(Pair(f"{name}.{linear_name}".lstrip("."), norm, linear))  # type: ignore[arg-type]
+    if not found:
+        raise ValueError(
+            "no LayerNorm to reparametrize: RepQ-ViT looks for norm1 -> attn.qkv, norm2 -> mlp.fc1 "
+            "and norm -> reduction, with a per-tensor quantizer on the layer's input; use "
+            "ptq_init.percentile_mse for this model or plan"
+        )
+    return found
+
+
+def reparametrize(
+    norm: nn.LayerNorm,
+    linear: QuantLinear,
+    scales: Float[Tensor, " dim"],
+    zero_points: Float[Tensor, " dim"],
+    scale: Float[Tensor, ""],
+    zero_point: Float[Tensor, ""],
+) -> None:
+    """Move the difference between the channels' grids and one grid into norm and layer.
+
+    Afterwards `x / scale + zero_point` is what `x / scales + zero_points` was, and the layer's
+    output is unchanged. A layer without bias is given one.
+    """
+    gain = scales / scale
+    shift = scales * (zero_points - zero_point)
+    norm.weight.div_(gain)
+    norm.bias.add_(shift).div_(gain)
+    if linear.bias is None:
+        linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+    linear.bias.sub_(linear.weight @ shift)
+    linear.weight.mul_(gain)
+
+
+@contextmanager
+def _channel_wise(pairs: list[Pair]) -> Iterator[list[Affine]]:
+    """Within the block, quantize the inputs of the pairs with a scale for each channel."""
+    own = [pair.linear.input_quantizer for pair in pairs]
+    channels = []
+    for pair, quantizer in zip(pairs, own, strict=True):
+        assert quantizer is not None
+        spec = QuantSpec(max(2, quantizer.spec.bits), False, Granularity.PER_CHANNEL)
+        wide = Affine(spec, quantizer.shape, quantizer.operand, observer=PercentileMSE)
+        pair.linear.input_quantizer = wide.to(pair.linear.weight.device)
+        channels.append(pair.linear.input_quantizer)
+    try:
+        yield channels
+    finally:
+        for pair, quantizer in zip(pairs, own, strict=True):
+            pair.linear.input_quantizer = quantizer
+
+
+def _fold(pair: Pair, channels: Affine, common_grid: CommonGrid) -> None:
+    """Reparametrize one pair; its weight quantizer, and perhaps its input's, start anew."""
+    quantizer = pair.linear.input_quantizer
+    assert quantizer is not None
+    scales, zero_points = _usable(channels)
+    scale, zero_point = common_grid(scales, zero_points)
+    if isinstance(quantizer, Affine) and not quantizer.spec.signed:
+        quantizer.set_grid(scale, zero_point)
+        quantizer.phase = Phase.QUANTIZE
+    else:  # a grid around zero: place the channels so that it fits, and let it find its own scale
+        zero_point = torch.full_like(zero_point, 2.0 ** (channels.spec.bits - 1))
+        quantizer.phase = Phase.FLOAT
+    reparametrize(pair.norm, pair.linear, scales, zero_points, scale, zero_point)
+    if pair.linear.weight_quantizer is not None:
+        pair.linear.weight_quantizer.phase = Phase.FLOAT
+
+
+def _usable(channels: Affine) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, without the vanishing scale of a channel that is nearly constant."""
+    scales, zero_points = channels.scale.detach(), channels.zero_point
+    floored = scales.clamp(min=SMALLEST_SHARE * scales.mean().item())
+    return floored, torch.where(
+        floored > scales, (zero_points * scales / floored).round(), zero_points
+    )
+
+
+def _require_same_function(model: nn.Module, images: Tensor, before: Tensor) -> None:
+    """Refuse a reparametrization after which the float model computes something else."""
+    set_phase(model, Phase.FLOAT)
+    gap = (model(images) - before).norm() / before.norm()
+    set_phase(model, Phase.QUANTIZE)
+    if not gap < LARGEST_GAP:
+        raise ValueError(
+            f"reparametrization changes the float logits by {gap:.1%}: something between a "
+            "LayerNorm and its linear layer, such as padding to whole windows, is not linear in "
+            "it; use an image size without padding, or ptq_init.percentile_mse"
+        )
