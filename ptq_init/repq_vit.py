@@ -16,14 +16,14 @@ odd codes cost one multiplication (`qat.quantizers.log`).
 Modes: `code` is the official repository, in which z~ is a fraction; `paper` rounds it, as an
 integer kernel must. The other difference, what becomes of small attention values, is the `zero` of
 the quantizer: `extra` in the code, `none` in the paper.
-Deviations: a channel that is constant, or nearly, has a scale that does not vanish; the reparametrized
-float model is compared with the original.
+Deviations: a channel that is constant, or nearly, has a scale that does not vanish; the
+reparametrized float model is compared with the original.
 Provenance: the authors' code (commit a160561), read, not copied.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,8 +31,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate_in_order, finite, observed_by, untouched_on_error
+from qat.journal import Journal
 from qat.layers import QuantLinear
-from qat.quantizers import Affine, PercentileMSE, Phase, Quantizer, set_phase
+from qat.quantizers import (
+    Affine,
+    ObserverFactory,
+    PercentileMSE,
+    Phase,
+    Quantizer,
+    quantizers,
+    set_phase,
+)
 from qat.spec import Granularity, QuantSpec
 
 NEIGHBOURS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("norm", "reduction"))
@@ -80,11 +89,16 @@ class RepQViT:
 
     Attributes:
         mode: `code` as the official repository, `paper` with an integer common zero point.
+        per_token: Weight the error of each token by its inverse energy in the search of ranges;
+            not part of the paper, see `PercentileMSE`.
     """
 
     mode: Literal["code", "paper"] = "code"
+    per_token: bool = False
 
-    def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
+    def __call__(
+        self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
+    ) -> None:
         """Initialise a converted model; all batches count as one.
 
         Raises:
@@ -92,26 +106,67 @@ class RepQViT:
                 can be reparametrized.
         """
         images = torch.cat(list(finite(batches)))
+        observer = partial(PercentileMSE, per_token=self.per_token)
         with untouched_on_error(model):
-            initialise(model, images, MODES[self.mode])
+            calibrate_channels(model, images, observer)
+            reparametrize_norms(model, images, MODES[self.mode], observer)
 
 
 @torch.no_grad()
-def initialise(
-    model: nn.Module, images: Float[Tensor, "batch c h w"], common_grid: CommonGrid
+def calibrate_channels(
+    model: nn.Module, images: Float[Tensor, "batch c h w"], observer: ObserverFactory
 ) -> None:
-    """Calibrate and reparametrize a converted model, by any choice of the common grid."""
-    pairs = norm_pairs(model)
+    """Calibrate every quantizer in order, those behind LayerNorms with a scale for each channel.
+
+    The latter are put in place of the inputs' own quantizers; `reparametrize_norms` brings the
+    own ones back.
+    """
     set_phase(model, Phase.FLOAT)
-    sample = images[:2]
-    before = model(sample)
-    with observed_by(model, PercentileMSE):
-        with _channel_wise(pairs) as grids:
-            calibrate_in_order(model, images)
-        for pair, channels in zip(pairs, grids, strict=True):
-            _fold(pair, channels, common_grid)
+    for pair in norm_pairs(model):
+        own = pair.linear.input_quantizer
+        assert own is not None
+        spec = QuantSpec(max(2, own.spec.bits), False, Granularity.PER_CHANNEL)
+        channels = ChannelWise(own, spec)
+        pair.linear.input_quantizer = channels.to(pair.linear.weight.device)
+    with observed_by(model, observer):
         calibrate_in_order(model, images)
-    _require_same_function(model, sample, before)
+
+
+@torch.no_grad()
+def reparametrize_norms(
+    model: nn.Module,
+    images: Float[Tensor, "batch c h w"],
+    common_grid: CommonGrid,
+    observer: ObserverFactory,
+) -> None:
+    """Fold the channel-wise grids into norms and layers, and calibrate what that has changed."""
+    sample = images[:2]
+    before = _float_logits(model, sample)
+    for pair in norm_pairs(model):
+        _fold(pair, common_grid)
+    with observed_by(model, observer):
+        calibrate_in_order(model, images)
+    gap = (_float_logits(model, sample) - before).norm() / before.norm()
+    if not gap < LARGEST_GAP:
+        raise ValueError(
+            f"reparametrization changes the float logits by {gap:.1%}: something between a "
+            "LayerNorm and its linear layer, such as padding to whole windows, is not linear in "
+            "it; use an image size without padding, or ptq_init.percentile_mse"
+        )
+
+
+class ChannelWise(Affine):
+    """Stands in for the quantizer of an input, with a scale for each channel.
+
+    Args:
+        own: The quantizer it stands in for.
+        spec: A grid for each channel.
+    """
+
+    def __init__(self, own: Quantizer, spec: QuantSpec) -> None:
+        super().__init__(spec, own.shape, own.operand, observer=PercentileMSE)
+        # In a list, so that it is no part of the model meanwhile.
+        self.own = [own]
 
 
 def norm_pairs(model: nn.Module) -> list[Pair]:
@@ -131,7 +186,10 @@ def norm_pairs(model: nn.Module) -> list[Pair]:
                 isinstance(norm, nn.LayerNorm)
                 and norm.elementwise_affine
                 and isinstance(quantizer, Quantizer)
-                and quantizer.spec.granularity is Granularity.PER_TENSOR
+                and (
+                    quantizer.spec.granularity is Granularity.PER_TENSOR
+                    or isinstance(quantizer, ChannelWise)
+                )
             ):
                 found.append(Pair(f"{name}.{linear_name}".lstrip("."), norm, linear))  # type: ignore[arg-type]
     if not found:
@@ -166,37 +224,21 @@ def reparametrize(
     linear.weight.mul_(gain)
 
 
-@contextmanager
-def _channel_wise(pairs: list[Pair]) -> Iterator[list[Affine]]:
-    """Within the block, quantize the inputs of the pairs with a scale for each channel."""
-    own = [pair.linear.input_quantizer for pair in pairs]
-    channels = []
-    for pair, quantizer in zip(pairs, own, strict=True):
-        assert quantizer is not None
-        spec = QuantSpec(max(2, quantizer.spec.bits), False, Granularity.PER_CHANNEL)
-        wide = Affine(spec, quantizer.shape, quantizer.operand, observer=PercentileMSE)
-        pair.linear.input_quantizer = wide.to(pair.linear.weight.device)
-        channels.append(pair.linear.input_quantizer)
-    try:
-        yield channels
-    finally:
-        for pair, quantizer in zip(pairs, own, strict=True):
-            pair.linear.input_quantizer = quantizer
-
-
-def _fold(pair: Pair, channels: Affine, common_grid: CommonGrid) -> None:
+def _fold(pair: Pair, common_grid: CommonGrid) -> None:
     """Reparametrize one pair; its weight quantizer, and perhaps its input's, start anew."""
-    quantizer = pair.linear.input_quantizer
-    assert quantizer is not None
+    channels = pair.linear.input_quantizer
+    assert isinstance(channels, ChannelWise)
+    own = channels.own[0]
     scales, zero_points = _usable(channels)
     scale, zero_point = common_grid(scales, zero_points)
-    if isinstance(quantizer, Affine) and not quantizer.spec.signed:
-        quantizer.set_grid(scale, zero_point)
-        quantizer.phase = Phase.QUANTIZE
+    if isinstance(own, Affine) and not own.spec.signed:
+        own.set_grid(scale, zero_point)
+        own.phase = Phase.QUANTIZE
     else:  # a grid around zero: place the channels so that it fits, and let it find its own scale
         zero_point = torch.full_like(zero_point, 2.0 ** (channels.spec.bits - 1))
-        quantizer.phase = Phase.FLOAT
+        own.phase = Phase.FLOAT
     reparametrize(pair.norm, pair.linear, scales, zero_points, scale, zero_point)
+    pair.linear.input_quantizer = own
     if pair.linear.weight_quantizer is not None:
         pair.linear.weight_quantizer.phase = Phase.FLOAT
 
@@ -210,14 +252,12 @@ def _usable(channels: Affine) -> tuple[Tensor, Tensor]:
     )
 
 
-def _require_same_function(model: nn.Module, images: Tensor, before: Tensor) -> None:
-    """Refuse a reparametrization after which the float model computes something else."""
+def _float_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model computes without its quantizers."""
+    found = [quantizer for _, quantizer in quantizers(model)]
+    phases = [quantizer.phase for quantizer in found]
     set_phase(model, Phase.FLOAT)
-    gap = (model(images) - before).norm() / before.norm()
-    set_phase(model, Phase.QUANTIZE)
-    if not gap < LARGEST_GAP:
-        raise ValueError(
-            f"reparametrization changes the float logits by {gap:.1%}: something between a "
-            "LayerNorm and its linear layer, such as padding to whole windows, is not linear in "
-            "it; use an image size without padding, or ptq_init.percentile_mse"
-        )
+    logits = model(images)
+    for quantizer, phase in zip(found, phases, strict=True):
+        quantizer.phase = phase
+    return logits

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.journal import Journal
 from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
 
 
@@ -19,8 +20,13 @@ class Initialiser(Protocol):
     Any initialiser may start quantization-aware training or binarization.
     """
 
-    def __call__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        """Initialise a converted model on batches of preprocessed images."""
+    def __call__(
+        self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
+    ) -> None:
+        """Initialise a converted model on batches of preprocessed images.
+
+        The journal hears of the progress of initialisers that take minutes.
+        """
         ...
 
 
@@ -56,7 +62,11 @@ def observing(model: nn.Module) -> Iterator[None]:
             quantizer.forget()
 
 
-def calibrate(model: nn.Module, batches: Iterable[Float[Tensor, "batch c h w"]]) -> None:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Float[Tensor, "batch c h w"]],
+    journal: Journal | None = None,
+) -> None:
     """Calibrate every quantizer by its own observer. The plain `Initialiser`.
 
     In a distributed run the quantizers of rank 0 are sent to all others, so that every rank trains
@@ -65,6 +75,7 @@ def calibrate(model: nn.Module, batches: Iterable[Float[Tensor, "batch c h w"]])
     Args:
         model: A converted model.
         batches: Preprocessed images.
+        journal: Not used: this takes seconds.
 
     Raises:
         ValueError: If the model has no quantizers, there is no batch, or a batch is not finite.
@@ -161,14 +172,14 @@ def observed_by(model: nn.Module, make_observer: ObserverFactory) -> Iterator[No
 def untouched_on_error(model: nn.Module) -> Iterator[None]:
     """In eval mode within the block; if it raises, weights, quantizers and phases are as before."""
     modes = {module: module.training for module in model.modules()}
-    parameters = {module: dict(module._parameters) for module in model.modules()}
+    parts = [(m, dict(m._parameters), dict(m._modules)) for m in model.modules()]
     state = _copy(model)
     model.eval()
     try:
         yield
     except BaseException:
-        for module, own in parameters.items():
-            module._parameters = own
+        for module, parameters, children in parts:
+            module._parameters, module._modules = parameters, children
         model.load_state_dict(state)
         raise
     finally:

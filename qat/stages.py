@@ -6,6 +6,7 @@ tensor to the next; their composition is the model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -51,7 +52,8 @@ def swin_stages(model: SwinTransformer) -> list[Stage]:
         return model.forward_head(model.norm(tokens))
 
     stages = [Stage("patch_embed", (model.patch_embed,), model.patch_embed)]
-    for i, layer in enumerate(model.layers):
+    layers: Any = model.layers
+    for i, layer in enumerate(layers):
         if not isinstance(layer.downsample, nn.Identity):
             merge = layer.downsample
             stages.append(Stage(f"layers.{i}.downsample", (merge,), merge))

@@ -1,6 +1,6 @@
 """The data module: sources in, batches preprocessed as the model expects out."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
-from qat.data.sources import Source
+from qat.data.sources import Source, Subset
 from qat.preprocessing import Preprocessing, check_transform
 
 
@@ -25,7 +25,10 @@ class VisionData(LightningDataModule):
         num_workers: Processes that load images; 0 loads in the main one.
         augment: Arguments of `timm.data.create_transform` for training images, such as
             `{scale: [0.8, 1.0], hflip: 0.5}`. None trains on images preprocessed as in evaluation.
-        num_calibration: Training images that calibrate quantizers, a random draw.
+        num_calibration: Images that calibrate quantizers, a random draw.
+        calibrate_on: Where they are drawn from; drawn from `val`, they are not evaluated.
+        num_augmented: Augmented copies of these images, by `augment`, that follow them; they widen
+            the calibration set of methods that train.
         seed: Seeds order, augmentation and the calibration draw.
         mean: Normalization that the data needs, where it is known; must agree with the model.
         std: Likewise.
@@ -41,6 +44,8 @@ class VisionData(LightningDataModule):
         num_workers: int = 0,
         augment: dict[str, Any] | None = None,
         num_calibration: int = 32,
+        calibrate_on: Literal["train", "val"] = "train",
+        num_augmented: int = 0,
         seed: int = 0,
         mean: list[float] | None = None,
         std: list[float] | None = None,
@@ -51,7 +56,8 @@ class VisionData(LightningDataModule):
         self.train, self.val = train, val
         self.batch_size, self.num_workers = batch_size, num_workers
         self.augment = augment
-        self.num_calibration = num_calibration
+        self.num_calibration, self.num_augmented = num_calibration, num_augmented
+        self.calibrate_on = calibrate_on
         self.seed = seed
         self.forced = {"mean": mean, "std": std, "interpolation": interpolation}
         self.img_size = img_size
@@ -87,20 +93,46 @@ class VisionData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """Every evaluation image once, in order."""
         transform = self._eval_transform(self._preprocessing())
-        samples = Samples(self.val, transform, self.seed, self._mode())
-        return self._loader(samples, sampler=ShareSampler(len(self.val)))
+        source = self.evaluation_source()
+        samples = Samples(source, transform, self.seed, self._mode())
+        return self._loader(samples, sampler=ShareSampler(len(source)))
 
     test_dataloader = val_dataloader
 
+    def evaluation_source(self) -> Source:
+        """The images that are evaluated: those of `val`, but for the ones drawn to calibrate."""
+        if self.calibrate_on == "train":
+            return self.val
+        drawn = set(self._calibration_draw(self.val))
+        return Subset(self.val, [i for i in range(len(self.val)) if i not in drawn])
+
     def calibration_batches(self) -> list[Tensor]:
-        """Batches of training images, preprocessed as in evaluation; the same in every process."""
-        source = self._train_source()
+        """Batches of preprocessed images, copies last; the same in every process.
+
+        The images themselves are preprocessed as in evaluation, their copies as in training.
+        """
+        source = self._train_source() if self.calibrate_on == "train" else self.val
+        draw = self._calibration_draw(source)
+        preprocessing = self._preprocessing()
+        exact = Samples(source, self._eval_transform(preprocessing), self.seed, self._mode())
+        images = [exact[index][0] for index in draw]
+        if self.num_augmented:
+            if self.augment is None:
+                raise ValueError("data.num_augmented needs data.augment, such as {hflip: 0.5}")
+            varied = Samples(source, self._train_transform(preprocessing), self.seed, self._mode())
+            for copy in range(self.num_augmented):
+                images.append(varied[copy // len(draw), draw[copy % len(draw)]][0])
+        return list(torch.stack(images).split(min(self.batch_size, 32)))
+
+    def _calibration_draw(self, source: Source) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed)
         draw = torch.randperm(len(source), generator=generator)[: self.num_calibration]
-        transform = self._eval_transform(self._preprocessing())
-        samples = Samples(source, transform, self.seed, self._mode())
-        images = torch.stack([samples[int(index)][0] for index in draw])
-        return list(images.split(min(self.batch_size, 32)))
+        if self.calibrate_on == "val" and len(draw) == len(source):
+            raise ValueError(
+                f"num_calibration {self.num_calibration} leaves none of the {len(source)} images "
+                "of data.val to evaluate; lower it, or set data.train"
+            )
+        return draw.tolist()
 
     def _loader(self, samples: Samples, **options: Any) -> DataLoader[Any]:
         return DataLoader(

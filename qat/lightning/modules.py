@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from qat import checkpoint as files
 from qat.calibrate import calibrate
 from qat.convert import Conversion, convert_
+from qat.journal import Journal
 from qat.losses import FeatureTap, Objective
 from qat.models import num_classes_of
 from qat.plan import Plan, load_plan
@@ -23,7 +24,8 @@ from qat.regularize import Regularizer
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 Convert = Callable[[nn.Module, Plan, QuantizerFactory], Conversion]
-Initialise = Callable[[nn.Module, Iterable[Tensor]], None]
+Initialise = Callable[[nn.Module, Iterable[Tensor], Journal], None]
+"""A `qat.calibrate.Initialiser`, in the form that the parser of arguments understands."""
 
 
 class Distillation(LightningModule):
@@ -71,6 +73,7 @@ class Distillation(LightningModule):
             convert(model, load_plan(plan), quantizer)
         self.model = model
         self.initialise = initialise
+        self.journal = Journal()
         self.objective = objective
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.regularizer = regularizer
@@ -106,7 +109,9 @@ class Distillation(LightningModule):
         fresh = [q for _, q in quantizers(self.model) if q.phase is Phase.FLOAT]
         if fresh:
             batches = self.trainer.datamodule.calibration_batches()  # type: ignore[attr-defined]
-            self.initialise(self.model, (images.to(self.device) for images in batches))
+            self.initialise(
+                self.model, (images.to(self.device) for images in batches), self.journal
+            )
         self.model.train()  # Lightning keeps the mode it finds, and a loaded model is in eval
 
     def on_train_start(self) -> None:

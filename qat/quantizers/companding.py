@@ -3,8 +3,8 @@
     codes   c = clip(round(f(clip(x / s, 0, 1))), 0, C - 1)
     output  s * level[c]
 
-Symbols: s = `scale`, f = `compress`, level = `levels()`, C = `num_codes`. Inference needs no f^-1: the
-output is a look-up in a table of C values, which `Codes.table` carries.
+Symbols: s = `scale`, f = `compress`, level = `levels()`, C = `num_codes`. Inference needs no f^-1:
+the output is a look-up in a table of C values, which `Codes.table` carries.
 """
 
 from abc import abstractmethod

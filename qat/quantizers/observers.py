@@ -181,7 +181,8 @@ class MSE(Observer):
             self.upper.copy_(groups.amax(1))
         for i, fraction in enumerate(self.fractions):
             bounds = self.lower * fraction, self.upper * fraction
-            self.error[i] += squared_error(groups, *scale_of_range(*bounds, self.spec), self.spec)
+            grid = scale_of_range(*bounds, self.spec)
+            self.error[i] += squared_errors(groups, *grid, self.spec).sum(1)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The candidate of least error, scale by scale."""
@@ -200,6 +201,9 @@ class PercentileMSE(Observer):
         spec: Bits, sign and granularity of the operand.
         shape: Its trailing shape.
         fractions: The candidates p.
+        per_token: Divide the error of each token by its energy, so that the few tokens of a vision
+            transformer with huge features do not decide the range of all. Not part of RepQ-ViT.
+            Has no effect on weights, attention maps and channel-wise scales.
     """
 
     contains_zero = False
@@ -212,11 +216,13 @@ class PercentileMSE(Observer):
         spec: QuantSpec,
         shape: tuple[int, ...],
         fractions: tuple[float, ...] = (0.999, 0.9999, 0.99999),
+        per_token: bool = False,
     ) -> None:
         super().__init__(spec, shape)
         if not fractions or not all(0.5 < fraction <= 1 for fraction in fractions):
             raise ValueError(f"PercentileMSE.fractions must be in (0.5, 1], got {fractions}")
         self.fractions = tuple(fractions)
+        self.num_features = shape[-1] if per_token and not self.scale_shape else 1
         for name in ("error", "lower", "upper"):
             self._buffer(name, 0.0, len(self.fractions))
 
@@ -225,9 +231,15 @@ class PercentileMSE(Observer):
         if not self.count:
             self.upper.copy_(upper_quantiles(groups, self.fractions))
             self.lower.copy_(-upper_quantiles(-groups, self.fractions))
+        tokens = groups.view(-1, self.num_features) if self.num_features > 1 else None
+        energy = None if tokens is None else tokens.square().sum(1).clamp(min=1e-12)
         for i in range(len(self.fractions)):
             grid = scale_of_range(self.lower[i], self.upper[i], self.spec, contains_zero=False)
-            self.error[i] += squared_error(groups, *grid, self.spec)
+            errors = squared_errors(groups, *grid, self.spec)
+            if energy is None:
+                self.error[i] += errors.sum(1)
+            else:
+                self.error[i] += (errors.view(-1, self.num_features).sum(1) / energy).sum()
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The candidate of least error, scale by scale."""
@@ -259,17 +271,17 @@ def upper_quantiles(
     return torch.stack(quantiles)
 
 
-def squared_error(
+def squared_errors(
     groups: Float[Tensor, "rows values"],
     scale: Float[Tensor, " rows"],
     zero_point: Float[Tensor, " rows"] | None,
     spec: QuantSpec,
-) -> Float[Tensor, " rows"]:
-    """Sum of squared quantization errors of each row."""
+) -> Float[Tensor, "rows values"]:
+    """Squared quantization error of each value, one scale for each row."""
     scale = scale[:, None]
     zero_point = None if zero_point is None else zero_point[:, None]
     codes = quantize(groups, scale, zero_point, spec.qmin, spec.qmax)
-    return dequantize(codes, scale, zero_point).sub_(groups).square_().sum(1)
+    return dequantize(codes, scale, zero_point).sub_(groups).square_()
 
 
 def scale_of_range(

@@ -1,7 +1,7 @@
 """TanQ (reconstructed): tangent quantization of attention maps, fine near 0 and near s.
 
-DopQ-ViT: Yang et al., https://arxiv.org/abs/2408.03291. What is certain is the aim, not the formula:
-a quantizer built on the tangent, dense near 0 and attentive to the rare values near 1.
+DopQ-ViT: Yang et al., https://arxiv.org/abs/2408.03291. What is certain is the aim, not the
+formula: a quantizer built on the tangent, dense near 0 and attentive to the rare values near 1.
 
     u       = clip(A / s, 0, 1)
     T(u)    = tan(alpha (u - beta)),   alpha max(beta, 1 - beta) < pi / 2
@@ -11,8 +11,8 @@ a quantizer built on the tangent, dense near 0 and attentive to the rare values 
 Symbols: s = `scale`, alpha = `steepness`, beta = `centre` of the coarse zone. 0 and s are levels.
 Form T1 searches the centre, form T2 fixes it at 1/2. The search minimises the squared error of A,
 weighted, over a histogram of all observed values, so that thousands of candidates cost one pass.
-Provenance: **reconstruction**. The tangent goes forward, not the arctangent: only then are the steps
-small at both ends. Form T3, the reverse, is refuted in docs/log.md.
+Provenance: **reconstruction**. The tangent goes forward, not the arctangent: only then are the
+steps small at both ends. Form T3, the reverse, is refuted in docs/log.md.
 """
 
 import math

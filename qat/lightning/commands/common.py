@@ -54,6 +54,13 @@ def add_training_arguments(parser: LightningArgumentParser) -> None:
         default=None,
         help="Recipe that trains the teacher first, where model.teacher names none.",
     )
+    parser.add_argument(
+        "--init",
+        type=str | None,
+        default=None,
+        help="Short for model.initialise, what sets the quantizers' starting state; such as "
+        "ptq_init.repq_vit.RepQViT.",
+    )
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.set_defaults(
         {
@@ -75,6 +82,9 @@ def prepare(config: Namespace) -> None:
 
 def make_module(parser: LightningArgumentParser, config: Namespace) -> Distillation:
     """The Lightning module of a recipe; builds the model and loads the teacher."""
+    if config.init is not None:
+        chosen = {"model": {"initialise": {"class_path": config.init}}}
+        config = parser.parse_object(chosen, cfg_base=config)
     return Distillation(**_arguments(parser, config, "model"))
 
 

@@ -1,0 +1,147 @@
+"""MGRQ (reconstructed): post-training quantization with mixed-granularity reconstruction.
+
+Yang, Li, Xiao, Gong, Gu. ICIP 2024. https://arxiv.org/abs/2406.09229
+
+The abstract names four parts and gives no formula; no code is public. Our reading, stage by stage:
+
+    OBWR  L_OB = mean || N(O^_l) - N(O_l) ||^2
+    EBGS  L_EB = tau^2 KL( softmax(y / tau) || softmax(y^_l / tau) )
+    IBLS  L_IB = mean_m mean_{n,t} KL( softmax(H_m / tau_m) || softmax(H^_m / tau_m) )
+    L = L_OB + lambda_1 L_EB + lambda_2 L_IB,   lambda_i = c_i L_OB0 / L_i0
+
+O^_l is the output of block l on the quantized prefix, O_l the float one on float inputs; y^_l the
+logits that the remaining float blocks make of O^_l, y the float logits; H_m the output of layer m,
+with its standard deviation tau_m, softmax over the channels; L_i0 a term at the first step of the
+block.
+
+N is the normalization of each token: with plain squared error the few tokens of huge norm decide
+everything from the middle of the network on (docs/log.md). Start: RepQ-ViT, its ranges searched
+with the same token-wise error. Provenance: **reconstruction** of OBWR, EBGS, IBLS and their
+fusion; no number of ours reproduces one of the paper's, whose tables were not available.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq_init.repq_vit import calibrate_channels, reparametrize_norms, rounded_mean_grid
+from qat.calibrate import finite, untouched_on_error
+from qat.journal import Journal
+from qat.quantizers import PercentileMSE
+from qat.reconstruct import Reconstruction
+from qat.terms import OutputError, Step, Term
+from qat.trainable import Rounding, Steps, Trainable, Weights
+
+
+@dataclass(frozen=True)
+class GlobalSupervision:
+    """EBGS: divergence of the logits that the rest of the float model makes of the output.
+
+    Attributes:
+        temperature: Softens both distributions.
+    """
+
+    temperature: float = 1.0
+    needs_layers: bool = field(default=False, init=False)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Mean over the batch, in nats times the squared temperature."""
+        ours, theirs = (
+            (x / self.temperature).log_softmax(-1) for x in (step.output_logits, step.logits)
+        )
+        divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return divergence * self.temperature**2
+
+
+@dataclass(frozen=True)
+class LocalSupervision:
+    """IBLS: divergence, over the channels, of the softened outputs of each linear layer."""
+
+    needs_layers: bool = field(default=True, init=False)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Mean over layers, images and tokens, in nats; zero for a stage without such layers."""
+        divergences = [self._divergence(ours, theirs) for ours, theirs in step.layers]
+        return torch.stack(divergences).mean() if divergences else step.output.new_zeros(())
+
+    @staticmethod
+    def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+        temperature = theirs.std().clamp(min=1e-6)
+        ours, theirs = ((x / temperature).flatten(0, -2).log_softmax(-1) for x in (ours, theirs))
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class MGRQ:
+    """The initialiser.
+
+    Attributes:
+        global_weight: c_1, of EBGS; 0 leaves it, and its cost, out.
+        local_weight: c_2, of IBLS; 0 leaves it, and its cost, out.
+        normalise: Fuse the losses with the lambda above; otherwise with c_i alone.
+        rounding: `ste` trains weights straight through rounding, `adaround` its direction.
+        num_steps: Steps for each block.
+        batch_size: Images a step.
+        lr: Learning rate of weights, or of the rounding.
+        step_lr: Learning rate of activation steps, as a share of their size.
+        drop: Probability that an activation value passes unquantized in training (QDrop).
+        temperature: tau of EBGS.
+        num_init: Images, the first ones, on which quantizers are calibrated.
+        per_token: Weight the error of each token by its inverse energy in the search of ranges.
+        seed: Seeds the choice of images.
+    """
+
+    global_weight: float = 0.5
+    local_weight: float = 0.5
+    normalise: bool = True
+    rounding: Literal["ste", "adaround"] = "ste"
+    num_steps: int = 100
+    batch_size: int = 16
+    lr: float = 2e-4
+    step_lr: float = 2e-3
+    drop: float = 0.0
+    temperature: float = 1.0
+    num_init: int = 32
+    per_token: bool = True
+    seed: int = 0
+
+    def __call__(
+        self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
+    ) -> None:
+        """Initialise a converted model; quantizers on the first images, training on all."""
+        images = torch.cat(list(finite(batches)))
+        first = images[: self.num_init]
+        observer = partial(PercentileMSE, per_token=self.per_token)
+        original = copy.deepcopy(model)
+        with untouched_on_error(model):
+            calibrate_channels(model, first, observer)
+            reparametrize_norms(model, first, rounded_mean_grid, observer)
+            self.reconstruction()(model, images, journal, original)
+
+    def reconstruction(self) -> Reconstruction:
+        """The engine with MGRQ's losses."""
+        terms: dict[str, Term] = {"block": OutputError()}
+        weights = {"block": 1.0}
+        if self.global_weight:
+            terms["global"] = GlobalSupervision(self.temperature)
+            weights["global"] = self.global_weight
+        if self.local_weight:
+            terms["local"] = LocalSupervision()
+            weights["local"] = self.local_weight
+        weight_set: Trainable = Weights(self.lr) if self.rounding == "ste" else Rounding(lr=self.lr)
+        return Reconstruction(
+            terms=terms,
+            weights=weights,
+            train=(weight_set, Steps(self.step_lr)),
+            num_steps=self.num_steps,
+            batch_size=self.batch_size,
+            normalise=self.normalise,
+            drop=self.drop,
+            seed=self.seed,
+        )

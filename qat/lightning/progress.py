@@ -1,0 +1,93 @@
+"""The journal of a run folder: a progress bar with the time left, losses, finished stages."""
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qat.journal import Journal
+
+
+class RunJournal(Journal):
+    """Keeps `reconstruction.csv` and the finished stages in a folder; a context manager.
+
+    Args:
+        folder: The run folder.
+        console: Where progress is shown.
+        resume: Skip the stages that an earlier run finished in this folder.
+    """
+
+    def __init__(self, folder: Path, console: Console, resume: bool = False) -> None:
+        self.table = folder / "reconstruction.csv"
+        self.stages = folder / "stages"
+        self.notes: dict[str, Any] = {}
+        self.resume = resume
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task = self.progress.add_task("calibrating", total=None)
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "RunJournal":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a fact for `metrics.json`."""
+        self.notes[key] = value
+
+    def begin(self, part: str, num_steps: int, parts_left: int) -> None:
+        """Say what is being done, and how much of it there is."""
+        total = num_steps * (parts_left + 1)
+        self.progress.reset(self.task, total=total, description=part)
+        self.rows = []
+
+    def step(self, part: str, step: int, losses: Mapping[str, float]) -> None:
+        """Move the bar, and keep the losses."""
+        self.progress.advance(self.task)
+        self.rows.append({"part": part, "step": step, **losses})
+
+    def finish(self, part: str, state: Mapping[str, Any]) -> None:
+        """Write the stage, atomically, then its losses."""
+        self.stages.mkdir(parents=True, exist_ok=True)
+        path = self._path(part)
+        torch.save(dict(state), path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+        if not self.rows:
+            return
+        new = not self.table.exists()
+        with open(self.table, "a", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(self.rows)
+
+    def finished(self, part: str) -> Mapping[str, Any] | None:
+        """The stage, if this run continues one that came so far."""
+        path = self._path(part)
+        if not self.resume or not path.exists():
+            return None
+        return torch.load(path, weights_only=True)
+
+    def clear(self) -> None:
+        """Delete the stages: the run is complete and its checkpoint written."""
+        for path in self.stages.glob("*"):
+            path.unlink()
+        if self.stages.exists():
+            self.stages.rmdir()
+
+    def _path(self, part: str) -> Path:
+        return self.stages / f"{part.replace(' ', '-')}.ckpt"

@@ -1,0 +1,297 @@
+"""Block reconstruction: stage by stage, a quantized model learns what its float one computes.
+
+For each stage l, in order, with X^_l its input from the quantized stages before it and O_l its
+output in the float model on float inputs:
+
+    minimise  sum_i w_i L_i(B^_l(X^_l), O_l, ...)   over the trainable sets, by Adam
+
+Losses and trainable sets are plugged in; MGRQ, DopQ-ViT's full form and TTAQ's calibration are
+configurations of this one loop. Activation quantizers may be dropped at random, value by value
+(QDrop, Wei et al., ICLR 2022, https://arxiv.org/abs/2203.05740).
+
+Memory: besides the model and its float copy, the activations of one stage boundary for all images:
+quantized inputs, float inputs and float outputs, `4 * 3 * images * tokens * dim` bytes; see
+`activation_bytes`. A ViT-Ti at 224 pixels keeps 0.45 MiB for each image.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qat.journal import Journal
+from qat.quantizers import Phase, quantizers, set_phase
+from qat.spec import Operand
+from qat.stages import Stage, stages
+from qat.terms import Step, Term
+from qat.trainable import Trainable
+
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Settings of the loop.
+
+    Attributes:
+        terms: Terms of the loss, by name.
+        weights: Weight of each term.
+        train: What is trained.
+        num_steps: Steps of Adam in each stage.
+        batch_size: Images in each step.
+        normalise: Multiply each weight by the ratio of the first term to its own at the first step
+            of the stage, so that weights compare terms of different units.
+        drop: Probability that a value of an activation passes unquantized while training.
+        seed: Seeds the choice of images and drops, anew in each stage.
+    """
+
+    terms: Mapping[str, Term]
+    weights: Mapping[str, float]
+    train: tuple[Trainable, ...]
+    num_steps: int
+    batch_size: int = 16
+    normalise: bool = True
+    drop: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if set(self.terms) != set(self.weights):
+            raise ValueError(f"terms {sorted(self.terms)} need weights, got {sorted(self.weights)}")
+        if self.num_steps < 1 or self.batch_size < 1 or not 0 <= self.drop < 1:
+            raise ValueError(
+                "reconstruction needs num_steps and batch_size of at least 1 and drop in [0, 1), "
+                f"got {self.num_steps}, {self.batch_size} and {self.drop}"
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "batch c h w"],
+        journal: Journal | None = None,
+        original: nn.Module | None = None,
+        name: str = "",
+    ) -> None:
+        """Reconstruct a calibrated model, in place.
+
+        Args:
+            model: A converted model whose quantizers are in phase QUANTIZE.
+            images: Calibration images, without labels.
+            journal: Hears of the progress; one that remembers finished stages lets a run continue.
+            original: The float model that sets the targets; None takes a copy of `model` as it is,
+                in phase FLOAT.
+            name: Precedes the names of the stages in the journal, for methods of several passes.
+
+        Raises:
+            ValueError: If the architecture is not known to `qat.stages`.
+        """
+        journal = journal or Journal()
+        original = copy.deepcopy(model) if original is None else original
+        set_phase(original, Phase.FLOAT)
+        original.eval().requires_grad_(False)
+        chain, goal = stages(model), stages(original)
+        journal.note("activation_bytes", activation_bytes(goal, images))
+        logits = _run(original, images)
+        quantized = exact = images
+        trainable = {p for p in model.parameters() if p.requires_grad}
+        model.requires_grad_(False)
+        try:
+            for index, (stage, reference) in enumerate(zip(chain, goal, strict=True)):
+                target = _run(reference.forward, exact)
+                part = f"{name}{stage.name}"
+                state = journal.finished(part)
+                if state is None:
+                    journal.begin(part, self.num_steps, len(chain) - index - 1)
+                    data = _Data(quantized, exact, target, logits, goal[index + 1 :])
+                    generator = torch.Generator().manual_seed(self.seed * 1009 + index)
+                    self._train(stage, reference, data, generator, partial(journal.step, part))
+                    journal.finish(part, _state(stage))
+                else:
+                    _restore(stage, state)
+                quantized, exact = _run(stage.forward, quantized), target
+        finally:
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter in trainable)
+
+    def _train(
+        self,
+        stage: Stage,
+        reference: Stage,
+        data: "_Data",
+        generator: torch.Generator,
+        report: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        """Train one stage."""
+        opened = [choice.attach(stage.modules) for choice in self.train]
+        groups = [group for attachment in opened for group in attachment.groups]
+        if not groups:
+            return
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
+        scales: dict[str, float] = {}
+        with _dropped(stage, self.drop, generator), _taps(self._watched(stage, reference)) as taps:
+            for number in range(self.num_steps):
+                step = data.draw(self.batch_size, generator, stage, reference, taps)
+                values = {name: term(step) for name, term in self.terms.items()}
+                scales = scales or self._scales(values)
+                loss = torch.stack([scales[k] * value for k, value in values.items()]).sum()
+                for attachment in opened:
+                    penalty = attachment.penalty(number / self.num_steps)
+                    loss = loss if penalty is None else loss + penalty
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                for attachment in opened:
+                    attachment.after_step()
+                losses = {name: value.item() for name, value in values.items()}
+                report(number, {**losses, "loss": loss.item()})
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(False)
+        for attachment in opened:
+            attachment.close()
+
+    def _watched(self, stage: Stage, reference: Stage) -> list[tuple[nn.Module, nn.Module]]:
+        """The linear layers of both stages, if a term reads them."""
+        if not any(term.needs_layers for term in self.terms.values()):
+            return []
+        return list(zip(_layers(stage), _layers(reference), strict=True))
+
+    def _scales(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Factor of each term, fixed at the first step of a stage."""
+        first = next(iter(values.values())).item()
+        ratio = {
+            k: first / max(v.item(), 1e-12) if self.normalise else 1.0 for k, v in values.items()
+        }
+        return {name: self.weights[name] * ratio[name] for name in values}
+
+
+def activation_bytes(chain: list[Stage], images: Tensor) -> int:
+    """Bytes of the activations that are kept at the widest stage boundary, for all images."""
+    with torch.no_grad():
+        x, widest = chain[0].forward(images[:1]), 0  # the images themselves are the caller's
+        for stage in chain[1:]:
+            y = stage.forward(x)
+            widest = max(widest, 2 * x.numel() + y.numel())
+            x = y
+    return 4 * widest * len(images)
+
+
+@dataclass
+class _Data:
+    """All there is to draw training steps of one stage from."""
+
+    quantized: Tensor
+    exact: Tensor
+    target: Tensor
+    logits: Tensor
+    rest: list[Stage]
+
+    def draw(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        stage: Stage,
+        reference: Stage,
+        taps: "_Taps",
+    ) -> Step:
+        """Run a random batch through the stage, and its float twin if layers are asked for."""
+        chosen = torch.randint(len(self.target), (batch_size,), generator=generator)
+        chosen = chosen.to(self.target.device)
+        taps.clear()
+        output = stage.forward(self.quantized[chosen])
+        if taps.pairs:
+            with torch.no_grad():
+                reference.forward(self.exact[chosen])
+        return Step(output, self.target[chosen], self.logits[chosen], self._remainder, taps.read())
+
+    def _remainder(self, output: Tensor) -> Tensor:
+        for stage in self.rest:
+            output = stage.forward(output)
+        return output
+
+
+class _Taps:
+    """Outputs of pairs of layers, quantized and float, of the latest forward passes."""
+
+    def __init__(self, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+        self.pairs = pairs
+        self.seen: dict[nn.Module, Tensor] = {}
+
+    def keep(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """A forward hook."""
+        self.seen[layer] = output
+
+    def clear(self) -> None:
+        """Forget the last step."""
+        self.seen.clear()
+
+    def read(self) -> list[tuple[Tensor, Tensor]]:
+        """The outputs of each pair."""
+        return [(self.seen[ours], self.seen[theirs]) for ours, theirs in self.pairs]
+
+
+@contextmanager
+def _taps(pairs: list[tuple[nn.Module, nn.Module]]) -> Iterator[_Taps]:
+    taps = _Taps(pairs)
+    with ExitStack() as stack:
+        for layer in (layer for pair in pairs for layer in pair):
+            stack.callback(layer.register_forward_hook(taps.keep).remove)
+        yield taps
+
+
+@contextmanager
+def _dropped(stage: Stage, drop: float, generator: torch.Generator) -> Iterator[None]:
+    """Let each activation value pass unquantized with probability `drop`."""
+
+    def mix(quantizer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        # Drawn on the processor, from the stage's own generator, so that devices agree.
+        passes = torch.rand(output.shape, generator=generator) < drop
+        return torch.where(passes.to(output.device), inputs[0], output)
+
+    with ExitStack() as stack:
+        if drop:
+            for module in stage.modules:
+                for _, quantizer in quantizers(module):
+                    if quantizer.operand is not Operand.WEIGHT:
+                        stack.callback(quantizer.register_forward_hook(mix).remove)
+        yield
+
+
+def _layers(stage: Stage) -> list[nn.Module]:
+    """Linear layers of a stage, float or converted, in the order of its modules."""
+    return [
+        module
+        for top in stage.modules
+        for module in top.modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and hasattr(module, "in_features")
+    ]
+
+
+@torch.no_grad()
+def _run(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([forward(part) for part in x.split(EVALUATION_BATCH)])
+
+
+def _state(stage: Stage) -> dict[str, Any]:
+    return {
+        f"{i}.{key}": value.clone() if isinstance(value, Tensor) else value
+        for i, module in enumerate(stage.modules)
+        for key, value in module.state_dict().items()
+    }
+
+
+def _restore(stage: Stage, state: Mapping[str, Any]) -> None:
+    for i, module in enumerate(stage.modules):
+        prefix = f"{i}."
+        own = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
