@@ -77,9 +77,9 @@ class DopQViT:
     """
 
     num_steps: int = 80
-    batch_size: int = 16
-    lr: float = 2e-4
-    step_lr: float = 2e-3
+    batch_size: int = 8
+    lr: float = 1e-3
+    step_lr: float = 2e-2
     num_init: int = 32
     per_token: bool = True
 

@@ -102,9 +102,9 @@ class MGRQ:
     normalise: bool = True
     rounding: Literal["ste", "adaround"] = "ste"
     num_steps: int = 100
-    batch_size: int = 16
-    lr: float = 2e-4
-    step_lr: float = 2e-3
+    batch_size: int = 8
+    lr: float = 1e-3
+    step_lr: float = 2e-2
     drop: float = 0.0
     temperature: float = 1.0
     num_init: int = 32

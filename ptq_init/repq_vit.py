@@ -127,7 +127,7 @@ def calibrate_channels(
         assert own is not None
         spec = QuantSpec(max(2, own.spec.bits), False, Granularity.PER_CHANNEL)
         channels = ChannelWise(own, spec)
-        pair.linear.input_quantizer = channels.to(pair.linear.weight.device)
+        pair.linear.input_quantizer = channels.to(pair.linear.weight)
     with observed_by(model, observer):
         calibrate_in_order(model, images)
 

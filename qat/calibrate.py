@@ -159,8 +159,8 @@ def observed_by(model: nn.Module, make_observer: ObserverFactory) -> Iterator[No
     for _, quantizer in quantizers(model):
         if isinstance(getattr(quantizer, "observer", None), nn.Module):
             own[quantizer] = quantizer.observer
-            other = make_observer(quantizer.spec, quantizer.shape)
-            quantizer.observer = other.to(quantizer.observer.count.device)  # type: ignore[union-attr]
+            like = next(b for b in quantizer.observer.buffers() if b.is_floating_point())
+            quantizer.observer = make_observer(quantizer.spec, quantizer.shape).to(like)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +34,7 @@ class Step:
         return self.remainder(self.output)
 
 
+@runtime_checkable
 class Term(Protocol):
     """A term of the loss of a stage."""
 

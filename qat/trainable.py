@@ -6,7 +6,7 @@ parameters to the optimizer, and `close` leaves plain modules behind.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,7 @@ class Attachment:
         """Leave the stage as it is to be used."""
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """A choice of what is trained."""
 

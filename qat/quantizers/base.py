@@ -108,16 +108,16 @@ class Quantizer(nn.Module, ABC):
 
     @final
     def forward(self, x: Tensor) -> Tensor:
-        """Pass, observe or quantize, by phase. Arithmetic is float32, also under autocast."""
+        """Pass, observe or quantize, by phase. Arithmetic has at least 32 bits, autocast or not."""
         match self.phase:
             case Phase.FLOAT:
                 return x
             case Phase.OBSERVE:
                 self._require_finite(x)
-                self.observe(x.detach().float())
+                self.observe(_wide(x.detach()))
                 return x
             case Phase.QUANTIZE:
-                return self.fake_quantize(x.float()).to(x.dtype)
+                return self.fake_quantize(_wide(x)).to(x.dtype)
 
     def _require_finite(self, x: Tensor) -> None:
         if not torch.isfinite(x).all():
@@ -138,6 +138,10 @@ class Quantizer(nn.Module, ABC):
         """Operand, spec and phase."""
         sign = "signed" if self.spec.signed else "unsigned"
         return f"{self.operand}, {self.spec.bits} bit {sign}, {self.spec.granularity}, {self.phase}"
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 QuantizerFactory = Callable[[QuantSpec, tuple[int, ...], Operand], Quantizer]

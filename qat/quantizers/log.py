@@ -43,10 +43,10 @@ def log_levels(num_powers: int, codes_per_octave: int, zero: bool) -> Float[Tens
 
     Example:
         >>> log_levels(3, 2, zero=True)
-        tensor([1.0000, 0.7071, 0.5000, 0.0000])
+        tensor([1.0000, 0.7071, 0.5000, 0.0000], dtype=torch.float64)
     """
     powers = [2 ** (-code / codes_per_octave) for code in range(num_powers)]
-    return torch.tensor([*powers, *([0.0] if zero else [])])
+    return torch.tensor([*powers, *([0.0] if zero else [])], dtype=torch.float64)
 
 
 class Log2(Companding):
@@ -90,7 +90,7 @@ class Log2(Companding):
     def levels(self) -> Tensor:
         """Descending powers, then zero where there is one."""
         zero = self.zero is not ZeroCode.NONE
-        return log_levels(self.num_codes - zero, self.codes_per_octave, zero).to(self.scale.device)
+        return log_levels(self.num_codes - zero, self.codes_per_octave, zero).to(self.scale)
 
     def compress(self, u: Tensor) -> Tensor:
         """Distance below the scale, in codes."""

@@ -95,7 +95,7 @@ class TanQ(Companding):
 
     def levels(self) -> Tensor:
         """Levels from 0 to 1."""
-        codes = torch.arange(self.num_codes, device=self.scale.device, dtype=torch.float32)
+        codes = torch.arange(self.num_codes).to(self.scale)
         return tangent_level(codes, self.steepness, self.centre, self.num_codes)
 
     def compress(self, u: Tensor) -> Tensor:
