@@ -63,7 +63,7 @@ def rounded_mean_grid(scales: Tensor, zero_points: Tensor) -> tuple[Tensor, Tens
 
 SMALLEST_SHARE = 1e-4
 """Scales below this share of their mean are raised to it."""
-LARGEST_GAP = 1e-2
+LARGEST_GAP = 1e-3
 """Relative change of float logits that rounding can explain."""
 MODES: dict[str, CommonGrid] = {"code": mean_grid, "paper": rounded_mean_grid}
 

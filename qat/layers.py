@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from qat.quantizers import Phase, Quantizer
 
 
-def through(quantizer: Quantizer | None, x: Tensor) -> Tensor:
-    """Pass an operand through its quantizer, or as it is."""
+def through(quantizer: nn.Module | None, x: Tensor) -> Tensor:
+    """Pass an operand through its quantizer, or what stands in for it, or as it is."""
     return x if quantizer is None else quantizer(x)
 
 

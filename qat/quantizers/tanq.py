@@ -33,11 +33,11 @@ QUANTILES = (0.999, 0.9999, 0.99999, 1.0)
 
 
 def tangent_code(
-    u: Float[Tensor, "*shape"],
+    u: Float[Tensor, "..."],
     steepness: Float[Tensor, "..."],
     centre: Float[Tensor, "..."],
     num_codes: int,
-) -> Float[Tensor, "*shape"]:
+) -> Float[Tensor, "..."]:
     """Position of values in [0, 1] on the scale of codes, 0 to num_codes - 1, not rounded."""
     start = torch.tan(-steepness * centre)
     step = (torch.tan(steepness * (1 - centre)) - start) / (num_codes - 1)
@@ -45,11 +45,11 @@ def tangent_code(
 
 
 def tangent_level(
-    codes: Float[Tensor, "*shape"],
+    codes: Float[Tensor, "..."],
     steepness: Float[Tensor, "..."],
     centre: Float[Tensor, "..."],
     num_codes: int,
-) -> Float[Tensor, "*shape"]:
+) -> Float[Tensor, "..."]:
     """Value in [0, 1] of a code; the inverse of `tangent_code`."""
     start = torch.tan(-steepness * centre)
     step = (torch.tan(steepness * (1 - centre)) - start) / (num_codes - 1)

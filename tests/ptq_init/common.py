@@ -16,7 +16,8 @@ def images(count: int, seed: int = 0) -> Tensor:
     return nn.functional.interpolate(coarse, 16, mode="bilinear")
 
 
-def _uneven(model: nn.Module, seed: int) -> nn.Module:
+def uneven(model: nn.Module, seed: int) -> nn.Module:
+    """Give a model random weights, and LayerNorms some channels of which are huge."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,10 +33,8 @@ def _uneven(model: nn.Module, seed: int) -> nn.Module:
 def tiny_vit(seed: int = 0) -> VisionTransformer:
     """Two blocks of width 24."""
     arguments = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 4}
-    model = timm_model(
-        "vit_tiny_patch16_224", num_classes=7, img_size=16, model_args=arguments
-    )
-    return _uneven(model, seed)  # type: ignore[return-value]
+    model = timm_model("vit_tiny_patch16_224", num_classes=7, img_size=16, model_args=arguments)
+    return uneven(model, seed)  # type: ignore[return-value]
 
 
 def tiny_swin(seed: int = 0) -> SwinTransformer:
@@ -50,7 +49,7 @@ def tiny_swin(seed: int = 0) -> SwinTransformer:
     model = timm_model(
         "swin_tiny_patch4_window7_224", num_classes=7, img_size=16, model_args=arguments
     )
-    return _uneven(model, seed)  # type: ignore[return-value]
+    return uneven(model, seed)  # type: ignore[return-value]
 
 
 def plan(bits: int) -> Plan:
