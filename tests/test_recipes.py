@@ -18,7 +18,8 @@ teacher = runs.teacher
 
 CONFIGS = runs.ROOT / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.yaml"))
-RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS))
+PARTS = sorted(CONFIGS.glob("*/parts/*.yaml"))
+RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set(PARTS))
 NEEDY = [path for path in RECIPES if "LOWBIT_ASSETS" in path.read_text()]
 NEEDY += [path for path in RECIPES if path not in NEEDY and "cifar10" in path.name]
 AT_HAND = [path for path in RECIPES if path not in NEEDY and "imagenet" not in path.name]
@@ -45,7 +46,8 @@ def test_there_are_recipes_and_plans_to_try() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
     parser, _ = make_parser()
-    config = parser.parse_args(["fit", "--config", str(path)]).fit
+    command = "quantize" if path.parent.name == "ptq" else "fit"
+    config = parser.parse_args([command, "--config", str(path)])[command]
     recipe = load_recipe(path)
     assert config.trainer.max_epochs == recipe.get("trainer", {}).get("max_epochs")
     assert config.model.plan == recipe["model"].get("plan")
@@ -56,7 +58,8 @@ def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) ->
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_files_that_a_recipe_names_in_the_repository_exist(path: Path) -> None:
     recipe = load_recipe(path)
-    for name in (recipe.get("teacher_config"), recipe["model"].get("plan")):
+    grid = [name for names in recipe.get("grid", {}).values() for name in names]
+    for name in (recipe.get("teacher_config"), recipe["model"].get("plan"), *grid):
         assert name is None or (runs.ROOT / name).is_file()
 
 

@@ -11,7 +11,7 @@ from qat.quantizers.base import (
     set_phase,
 )
 from qat.quantizers.companding import Companding
-from qat.quantizers.log import Log2, LogSqrt2, ZeroCode
+from qat.quantizers.log import Log2, LogSqrt2
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.observers import (
     MSE,
@@ -43,7 +43,6 @@ __all__ = [
     "Quantizer",
     "QuantizerFactory",
     "TanQ",
-    "ZeroCode",
     "quantizers",
     "set_phase",
 ]

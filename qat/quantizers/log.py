@@ -13,7 +13,6 @@ secondary source, for `none`.
 """
 
 import math
-from enum import StrEnum
 
 import torch
 from jaxtyping import Float
@@ -27,15 +26,13 @@ from qat.spec import Operand, QuantSpec
 FRACTIONS = (0.999, 0.9999, 0.99999)
 
 
-class ZeroCode(StrEnum):
-    """What becomes of values below the smallest power."""
+ZERO_CODES = ("none", "extra", "last")
+"""What becomes of values below the smallest power.
 
-    NONE = "none"
-    """They are raised to it: 2^b powers, no zero (RepQ-ViT, paper)."""
-    EXTRA = "extra"
-    """They become zero, by a code more than b bits hold (RepQ-ViT, code)."""
-    LAST = "last"
-    """They become zero, by the last of the 2^b codes: a true b-bit format."""
+    none    they are raised to it: 2^b powers, no zero (RepQ-ViT, paper)
+    extra   they become zero, by a code more than b bits hold (RepQ-ViT, code)
+    last    they become zero, by the last of the 2^b codes: a true b-bit format
+"""
 
 
 def log_levels(num_powers: int, codes_per_octave: int, zero: bool) -> Float[Tensor, " codes"]:
@@ -71,13 +68,13 @@ class Log2(Companding):
         shape: tuple[int, ...],
         operand: Operand = Operand.ATTENTION,
         *,
-        zero: str = ZeroCode.EXTRA,
+        zero: str = "extra",
         learn_scale: bool = False,
     ) -> None:
         super().__init__(spec, shape, operand, learn_scale=learn_scale)
-        if zero not in list(ZeroCode):
-            raise ValueError(f"zero must be one of {', '.join(ZeroCode)}, got '{zero}'")
-        self.zero = ZeroCode(zero)
+        if zero not in ZERO_CODES:
+            raise ValueError(f"zero must be one of {', '.join(ZERO_CODES)}, got '{zero}'")
+        self.zero = zero
         self.register_buffer("count", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("error", torch.zeros(len(FRACTIONS)), persistent=False)
         self.register_buffer("candidates", torch.ones(len(FRACTIONS)), persistent=False)
@@ -85,11 +82,11 @@ class Log2(Companding):
     @property
     def num_codes(self) -> int:
         """Number of levels, zero included."""
-        return 2**self.spec.bits + (self.zero is ZeroCode.EXTRA)
+        return 2**self.spec.bits + (self.zero == "extra")
 
     def levels(self) -> Tensor:
         """Descending powers, then zero where there is one."""
-        zero = self.zero is not ZeroCode.NONE
+        zero = self.zero != "none"
         return log_levels(self.num_codes - zero, self.codes_per_octave, zero).to(self.scale)
 
     def compress(self, u: Tensor) -> Tensor:

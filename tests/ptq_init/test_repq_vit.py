@@ -348,7 +348,7 @@ def test_unusable_images_are_refused_and_the_model_is_untouched(
     before = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
     bad = images(2)
     bad[1, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaN|at least one batch"):
+    with pytest.raises(ValueError, match=r"NaN|at least one batch"):
         initialise(model, [images(2), bad] if broken == "nan" else [])
     after = model.state_dict()
     assert list(after) == list(before)

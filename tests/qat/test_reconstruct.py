@@ -220,7 +220,7 @@ def test_output_error_per_token_is_blind_to_the_size_of_a_token() -> None:
     assert_close(error("token", output * big, target * big), plain, rtol=1e-3, atol=0)
     assert_close(
         error("tensor", output, target), (output - target).square().sum() / target.square().sum()
-    )  # noqa: E501
+    )
     assert error("token", target, target) == 0
 
 

@@ -84,7 +84,7 @@ def make_module(parser: LightningArgumentParser, config: Namespace) -> Distillat
     """The Lightning module of a recipe; builds the model and loads the teacher."""
     if config.init is not None:
         chosen = {"model": {"initialise": {"class_path": config.init}}}
-        config = parser.parse_object(chosen, cfg_base=config)
+        config = parser.parse_object(chosen, config)
     return Distillation(**_arguments(parser, config, "model"))
 
 

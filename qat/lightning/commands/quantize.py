@@ -125,7 +125,7 @@ def _overlay(
     overlaid = config.clone()
     overlaid.grid, overlaid.seed_everything = None, seed
     for path in paths:
-        overlaid = parser.parse_object(load_recipe(path), cfg_base=overlaid)
+        overlaid = parser.parse_object(load_recipe(path), overlaid)
     return overlaid
 
 

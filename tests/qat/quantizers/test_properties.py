@@ -13,7 +13,19 @@ from torch import Tensor
 
 from binaryvit.quantizers import BinaryActivation, BinaryAttentionMap, BinaryWeight
 from qat import Granularity, Operand, Phase, Quantizer, QuantSpec
-from qat.quantizers import LSQ, MSE, Affine, MinMax, Percentile, QuantizerFactory
+from qat.quantizers import (
+    LSQ,
+    MSE,
+    Affine,
+    Log2,
+    LogSqrt2,
+    MinMax,
+    Percentile,
+    PercentileMSE,
+    QuantizerFactory,
+    TanQ,
+)
+from qat.quantizers.log import ZERO_CODES
 from tests.qat.common import SHIFTS
 from tests.strategies import tensors
 
@@ -90,6 +102,7 @@ def _integer_cases() -> list[Case]:
         "minmax": Affine,
         "percentile": partial(Affine, observer=partial(Percentile, fraction=0.9)),
         "mse": partial(Affine, observer=partial(MSE, num_candidates=5)),
+        "percentile-mse": partial(Affine, observer=PercentileMSE),
     }
     cases = [
         Case(f"{name}-{'signed' if signed else 'unsigned'}-{granularity}", factory, spec)
@@ -123,8 +136,26 @@ WEIGHTS = [
     )
     for centre in (True, False)
 ]
+FOUR = QuantSpec(4, signed=False)
+COMPANDED = [
+    *(
+        Case(
+            f"{kind.__name__}-{zero}",
+            partial(kind, zero=zero),
+            FOUR,
+            Operand.ATTENTION,
+            tuple(range(17 if zero == "extra" else 16)),
+        )
+        for kind in (Log2, LogSqrt2)
+        for zero in ZERO_CODES
+    ),
+    *(
+        Case(f"TanQ-{form}", partial(TanQ, form=form), FOUR, Operand.ATTENTION)
+        for form in ("t1", "t2")
+    ),
+]
 INTEGER = [*_integer_cases(), MAP]
-EVERY = [*INTEGER, *SIGNS, *WEIGHTS]
+EVERY = [*INTEGER, *COMPANDED, *SIGNS, *WEIGHTS]
 # Without those that take a mean of `x`: its rounding depends on the layout in memory.
 GRANULAR = [
     *(case for case in INTEGER if case.spec.granularity is PER_CHANNEL),
@@ -155,7 +186,7 @@ def test_dequantized_codes_equal_fake_quantize(case: Case, seen: Tensor, x: Tens
     assert torch.equal(quantizer.dequantize(quantizer.codes(x)), quantizer(x))
 
 
-@integer
+@pytest.mark.parametrize("case", [*INTEGER, *COMPANDED], ids=lambda case: case.name)
 @few
 @given(seen=matrices, x=matrices)
 def test_quantizing_twice_is_quantizing_once(case: Case, seen: Tensor, x: Tensor) -> None:
