@@ -91,6 +91,7 @@ class MGRQ:
         lr: Learning rate of weights, or of the rounding.
         step_lr: Learning rate of activation steps, as a share of their size.
         drop: Probability that an activation value passes unquantized in training (QDrop).
+        exact_inputs: Probability that a value of a block's input is that of the float model (QDrop).
         temperature: tau of EBGS.
         num_init: Images, the first ones, on which quantizers are calibrated.
         per_token: Weight the error of each token by its inverse energy in the search of ranges.
@@ -107,6 +108,7 @@ class MGRQ:
     step_lr: float = 2e-2
     drop: float = 0.0
     temperature: float = 1.0
+    exact_inputs: float = 0.5
     num_init: int = 32
     per_token: bool = True
     seed: int = 0
@@ -143,5 +145,6 @@ class MGRQ:
             batch_size=self.batch_size,
             normalise=self.normalise,
             drop=self.drop,
+            exact_inputs=self.exact_inputs,
             seed=self.seed,
         )

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.journal import Journal
+from qat.layers import quantized_weights
 from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
 
 
@@ -125,7 +126,10 @@ def calibrate_in_order(model: nn.Module, images: Float[Tensor, "batch c h w"]) -
     Raises:
         RuntimeError: If a quantizer saw no data.
     """
+    _calibrate_weights(model)
     waiting = {q: name for name, q in quantizers(model) if q.phase is Phase.FLOAT}
+    if not waiting:
+        return
     for quantizer in waiting:
         quantizer.phase = Phase.OBSERVE
     handles = [q.register_forward_pre_hook(partial(_freeze_on_sight, waiting)) for q in waiting]
@@ -138,6 +142,17 @@ def calibrate_in_order(model: nn.Module, images: Float[Tensor, "batch c h w"]) -
     if waiting:
         name = next(iter(waiting.values()))
         raise RuntimeError(f"{name}: its operand does not occur in a forward pass of the model")
+
+
+def _calibrate_weights(model: nn.Module) -> None:
+    """Calibrate the weight quantizers still in FLOAT, which need no forward pass."""
+    for name, weight, quantizer in quantized_weights(model):
+        if quantizer.phase is Phase.FLOAT:
+            quantizer.phase = Phase.OBSERVE
+            quantizer(weight)
+            _freeze(f"{name}.weight_quantizer", quantizer)
+            quantizer.forget()
+            quantizer.phase = Phase.QUANTIZE
 
 
 def _freeze_on_sight(

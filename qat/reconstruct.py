@@ -48,6 +48,9 @@ class Reconstruction:
         normalise: Multiply each weight by the ratio of the first term to its own at the first step
             of the stage, so that weights compare terms of different units.
         drop: Probability that a value of an activation passes unquantized while training.
+        exact_inputs: Probability that a value of a stage's input is that of the float model while
+            training. Without any, a stage learns to undo the noise of those before it, by heart
+            where images are few.
         seed: Seeds the choice of images and drops, anew in each stage.
     """
 
@@ -58,6 +61,7 @@ class Reconstruction:
     batch_size: int = 16
     normalise: bool = True
     drop: float = 0.0
+    exact_inputs: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,7 +111,8 @@ class Reconstruction:
                 state = journal.finished(part)
                 if state is None:
                     journal.begin(part, self.num_steps, len(chain) - index - 1)
-                    data = _Data(quantized, exact, target, logits, goal[index + 1 :])
+                    rest = goal[index + 1 :]
+                    data = _Data(quantized, exact, target, logits, rest, self.exact_inputs)
                     generator = torch.Generator().manual_seed(self.seed * 1009 + index)
                     self._train(stage, reference, data, generator, partial(journal.step, part))
                     journal.finish(part, _state(stage))
@@ -195,6 +200,7 @@ class _Data:
     target: Tensor
     logits: Tensor
     rest: list[Stage]
+    exact_inputs: float
 
     def draw(
         self,
@@ -208,7 +214,11 @@ class _Data:
         chosen = torch.randint(len(self.target), (batch_size,), generator=generator)
         chosen = chosen.to(self.target.device)
         taps.clear()
-        output = stage.forward(self.quantized[chosen])
+        inputs = self.quantized[chosen]
+        if self.exact_inputs:
+            exact = torch.rand(inputs.shape, generator=generator) < self.exact_inputs
+            inputs = torch.where(exact.to(inputs.device), self.exact[chosen], inputs)
+        output = stage.forward(inputs)
         if taps.pairs:
             with torch.no_grad():
                 reference.forward(self.exact[chosen])

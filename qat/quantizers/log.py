@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat import ops
 from qat.quantizers.companding import Companding
-from qat.quantizers.observers import upper_quantiles
+from qat.quantizers.observers import PART, upper_quantiles
 from qat.spec import Operand, QuantSpec
 
 FRACTIONS = (0.999, 0.9999, 0.99999)
@@ -99,10 +99,13 @@ class Log2(Companding):
         if not self.count:
             found = upper_quantiles(values, FRACTIONS)[:, 0]
             self.candidates.copy_(torch.where(found > 0, found, 1.0))
-        for i, scale in enumerate(self.candidates):
-            codes = self.compress((values / scale).clamp_(0, 1)).round_()
-            quantized = ops.look_up(codes.clamp_(0, self.num_codes - 1), self.levels() * scale)
-            self.error[i] += quantized.sub_(values).square_().sum()
+        levels = self.levels()
+        for part in values.split(PART, dim=1):
+            position = self.compress(part.clamp(min=0))  # once for all candidates
+            for i, scale in enumerate(self.candidates):
+                codes = (position - self.compress(scale.clone())).round_()
+                quantized = ops.look_up(codes.clamp_(0, self.num_codes - 1), levels * scale)
+                self.error[i] += quantized.sub_(part).square_().sum()
         self.count += 1
 
     def freeze(self) -> None:

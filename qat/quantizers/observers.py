@@ -82,6 +82,9 @@ class Observer(nn.Module, ABC):
         self._start[name] = value
 
 
+PART = 2**16
+"""Values that a search looks at together."""
+
 ObserverFactory = Callable[[QuantSpec, tuple[int, ...]], Observer]
 
 
@@ -231,15 +234,23 @@ class PercentileMSE(Observer):
         if not self.count:
             self.upper.copy_(upper_quantiles(groups, self.fractions))
             self.lower.copy_(-upper_quantiles(-groups, self.fractions))
-        tokens = groups.view(-1, self.num_features) if self.num_features > 1 else None
-        energy = None if tokens is None else tokens.square().sum(1).clamp(min=1e-12)
-        for i in range(len(self.fractions)):
-            grid = scale_of_range(self.lower[i], self.upper[i], self.spec, contains_zero=False)
-            errors = squared_errors(groups, *grid, self.spec)
-            if energy is None:
-                self.error[i] += errors.sum(1)
-            else:
-                self.error[i] += (errors.view(-1, self.num_features).sum(1) / energy).sum()
+        # In parts that stay in the cache of a processor, many times faster than whole tensors.
+        size = max(1, PART // len(groups) // self.num_features) * self.num_features
+        for part in groups.split(size, dim=1):
+            energy = self._energy(part)
+            for i in range(len(self.fractions)):
+                grid = scale_of_range(self.lower[i], self.upper[i], self.spec, contains_zero=False)
+                errors = squared_errors(part, *grid, self.spec)
+                if energy is None:
+                    self.error[i] += errors.sum(1)
+                else:
+                    self.error[i] += (errors.view(-1, self.num_features).sum(1) / energy).sum()
+
+    def _energy(self, part: Tensor) -> Tensor | None:
+        """Energy of each token, where tokens are weighted by it."""
+        if self.num_features == 1:
+            return None
+        return part.view(-1, self.num_features).square().sum(1).clamp(min=1e-12)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The candidate of least error, scale by scale."""
