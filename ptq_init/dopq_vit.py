@@ -21,7 +21,7 @@ learned activation steps and the token-wise error here, so as to take minutes on
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -72,14 +72,17 @@ class DopQViT:
         batch_size: Images a step.
         lr: Learning rate of the weights.
         step_lr: Learning rate of activation steps, as a share of their size.
+        exact_inputs: Probability that a value of a block's input in the third stage is that of the
+            float model; in the first stage all are.
         num_init: Images, the first ones, on which quantizers are calibrated.
         per_token: Weight the error of each token by its inverse energy in the search of ranges.
     """
 
-    num_steps: int = 80
-    batch_size: int = 8
-    lr: float = 1e-3
-    step_lr: float = 2e-2
+    num_steps: int = 60
+    batch_size: int = 16
+    lr: float = 2e-4
+    step_lr: float = 5e-3
+    exact_inputs: float = 0.5
     num_init: int = 32
     per_token: bool = True
 
@@ -97,6 +100,7 @@ class DopQViT:
             train=(Weights(self.lr, norms=False), Steps(self.step_lr)),
             num_steps=self.num_steps,
             batch_size=self.batch_size,
+            exact_inputs=1.0,
         )
         with untouched_on_error(model):
             calibrate_channels(model, first, observer)
@@ -105,4 +109,5 @@ class DopQViT:
                     quantizer.phase = Phase.FLOAT
             train(model, images, journal, original, name="activations ")
             reparametrize_norms(model, first, median_grid, observer)  # calibrates weights again
-            train(model, images, journal, original, name="weights ")
+            third = replace(train, exact_inputs=self.exact_inputs)
+            third(model, images, journal, original, name="weights ")

@@ -102,10 +102,10 @@ class MGRQ:
     local_weight: float = 0.5
     normalise: bool = True
     rounding: Literal["ste", "adaround"] = "ste"
-    num_steps: int = 100
-    batch_size: int = 8
-    lr: float = 1e-3
-    step_lr: float = 2e-2
+    num_steps: int = 60
+    batch_size: int = 16
+    lr: float = 2e-4
+    step_lr: float = 5e-3
     drop: float = 0.0
     temperature: float = 1.0
     exact_inputs: float = 0.5
