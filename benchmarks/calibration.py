@@ -28,11 +28,13 @@ class LoopedPercentileMSE(Observer):
     contains_zero = False
 
     def update(self, groups: Tensor) -> None:
+        """Search each row alone."""
         found = [self._search(row) for row in groups]
         self.lower = torch.stack([lower for lower, _ in found])
         self.upper = torch.stack([upper for _, upper in found])
 
     def bounds(self) -> tuple[Tensor, Tensor]:
+        """What the search found."""
         return self.lower, self.upper
 
     def _search(self, row: Tensor) -> tuple[Tensor, Tensor]:

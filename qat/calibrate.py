@@ -172,9 +172,10 @@ def observed_by(model: nn.Module, make_observer: ObserverFactory) -> Iterator[No
     """Let every quantizer that has an observer use another one within the block."""
     own = {}
     for _, quantizer in quantizers(model):
-        if isinstance(getattr(quantizer, "observer", None), nn.Module):
-            own[quantizer] = quantizer.observer
-            like = next(b for b in quantizer.observer.buffers() if b.is_floating_point())
+        observer = getattr(quantizer, "observer", None)
+        if isinstance(observer, nn.Module):
+            own[quantizer] = observer
+            like = next(b for b in observer.buffers() if b.is_floating_point())
             quantizer.observer = make_observer(quantizer.spec, quantizer.shape).to(like)
     try:
         yield

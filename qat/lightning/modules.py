@@ -73,7 +73,7 @@ class Distillation(LightningModule):
             convert(model, load_plan(plan), quantizer)
         self.model = model
         self.initialise = initialise
-        self.journal = Journal()
+        self.journal: Journal = Journal()
         self.objective = objective
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.regularizer = regularizer

@@ -21,20 +21,25 @@ class RunJournal(Journal):
         folder: The run folder.
         console: Where progress is shown.
         resume: Skip the stages that an earlier run finished in this folder.
+        waits: Show nothing until the first part begins.
     """
 
-    def __init__(self, folder: Path, console: Console, resume: bool = False) -> None:
+    def __init__(
+        self, folder: Path, console: Console, *, resume: bool = False, waits: bool = False
+    ) -> None:
         self.table = folder / "reconstruction.csv"
         self.stages = folder / "stages"
         self.notes: dict[str, Any] = {}
-        self.resume = resume
+        self.resume, self.waits = resume, waits
+        self.parts_left = 0
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=console, transient=True)
         self.task = self.progress.add_task("calibrating", total=None)
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "RunJournal":
-        self.progress.start()
+        if not self.waits:
+            self.progress.start()
         return self
 
     def __exit__(
@@ -52,8 +57,9 @@ class RunJournal(Journal):
     def begin(self, part: str, num_steps: int, parts_left: int) -> None:
         """Say what is being done, and how much of it there is."""
         total = num_steps * (parts_left + 1)
+        self.progress.start()
         self.progress.reset(self.task, total=total, description=part)
-        self.rows = []
+        self.rows, self.parts_left = [], parts_left
 
     def step(self, part: str, step: int, losses: Mapping[str, float]) -> None:
         """Move the bar, and keep the losses."""
@@ -66,6 +72,8 @@ class RunJournal(Journal):
         path = self._path(part)
         torch.save(dict(state), path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
+        if not self.parts_left:
+            self.progress.stop()
         if not self.rows:
             return
         new = not self.table.exists()

@@ -282,6 +282,22 @@ def test_dropping_mixes_quantized_and_float_values() -> None:
     assert not torch.equal(outputs[1], outputs[5])
 
 
+def test_exact_inputs_are_those_of_the_float_model() -> None:
+    """With all of them, the only error left in a stage is its own."""
+    errors = {}
+    for share in (0.0, 1.0):
+        model, batch = _converted(), images(4)
+        original = tiny_vit()
+        RepQViT()(model, [batch])
+        terms, weights = {"block": OutputError()}, {"block": 1.0}
+        journal = _Memory()
+        loop = Reconstruction(terms, weights, (Weights(0.0),), 1, 32, exact_inputs=share)
+        loop(model, batch, journal, original)
+        errors[share] = [values["block"] for _, _, values in journal.losses]
+    assert errors[0.0][0] == errors[1.0][0]  # the images themselves
+    assert errors[1.0][2] < 0.8 * errors[0.0][2]
+
+
 def test_kept_activations_are_counted() -> None:
     model = tiny_vit()
     journal = _Memory()

@@ -34,6 +34,7 @@ from qat.lightning.commands.common import (
 )
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
+from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
@@ -83,7 +84,9 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     for logger in loggers[1:]:
         logger.log_hyperparams(_plain(parser, config))
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        with RunJournal(folder.path, console, waits=True) as module.journal:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        module.journal.clear()
         interrupted = interrupt.asked
     except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
         interrupted = True

@@ -78,7 +78,7 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
     batches = [images.to(judge.strategy.root_device) for images in data.calibration_batches()]
     folder.path.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    with RunJournal(folder.path, console, resume) as journal:
+    with RunJournal(folder.path, console, resume=resume) as journal:
         module.initialise(model, batches, journal)
     seconds = time.monotonic() - begun
     comparison = Comparison(model.eval(), original)
