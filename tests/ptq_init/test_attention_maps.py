@@ -64,6 +64,36 @@ def _decibel(products: list[tuple[Tensor, Tensor]], name: str, bits: int) -> flo
     return torch.stack(ratios).mean().item()
 
 
+def _reverse_tangent(attention: Tensor, bits: int) -> Tensor:
+    """Form T3: arctangent forward, tangent back, at the best of sixty steepnesses."""
+    scale, top = attention.max(), 2**bits - 1
+    best, chosen = None, attention
+    for steepness in torch.logspace(-1, 4, 60):
+        step = torch.atan(steepness) / top
+        codes = (torch.atan(steepness * attention / scale) / step).round()
+        output = scale * torch.tan(codes * step) / steepness
+        error = (output - attention).square().sum()
+        if best is None or error < best:
+            best, chosen = error, output
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ASSETS.exists(), reason="no LOWBIT_ASSETS")
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_tangent_forward_beats_arctangent_forward(
+    bits: int, products: list[tuple[Tensor, Tensor]]
+) -> None:
+    ratios = []
+    for attention, values in products:
+        exact = attention @ values
+        noise = _reverse_tangent(attention, bits) @ values - exact
+        ratios.append(10 * torch.log10(exact.square().sum() / noise.square().sum()))
+    reverse = torch.stack(ratios).mean().item()
+    print(bits, "T3", round(reverse, 2))
+    assert _decibel(products, "TanQ T1", bits) > reverse
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not ASSETS.exists(), reason="no LOWBIT_ASSETS")
 @pytest.mark.parametrize("bits", [3, 4, 6])

@@ -18,6 +18,7 @@ from binaryvit.grs import GRS, DistancePull, constant
 from binaryvit.quantizers import BinaryWeight
 from qat.checkpoint import MANIFEST, digest, read
 from qat.data.sources import Subset, digits
+from qat.journal import Journal
 from qat.layers import quantized_weights
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation, parameter_groups
@@ -137,7 +138,7 @@ def test_quantizers_are_initialised_once_from_calibration_images_at_the_start(
 ) -> None:
     calls: list[tuple[set[Phase], list[Tensor]]] = []
 
-    def initialise(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    def initialise(model: nn.Module, batches: Iterable[Tensor], journal: Journal) -> None:
         batches = list(batches)
         calls.append(({q.phase for _, q in quantizers(model)}, batches))
         qat.calibrate(model, batches)
@@ -153,7 +154,7 @@ def test_quantizers_are_initialised_once_from_calibration_images_at_the_start(
 
 
 def test_float_model_is_not_calibrated(tmp_path: Path) -> None:
-    def initialise(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    def initialise(model: nn.Module, batches: Iterable[Tensor], journal: Journal) -> None:
         raise AssertionError("called")
 
     assert fit(Distillation(make_tiny_vit(), initialise=initialise), tmp_path).global_step == 4
