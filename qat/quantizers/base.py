@@ -120,7 +120,8 @@ class Quantizer(nn.Module, ABC):
                 return self.fake_quantize(_wide(x)).to(x.dtype)
 
     def _require_finite(self, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
+        lowest, highest = x.aminmax()  # NaN where any value is
+        if not (torch.isfinite(lowest) and torch.isfinite(highest)):
             raise ValueError(
                 f"calibration leads to values of the {self.operand} that are NaN or infinite; "
                 "check the images, the preprocessing and the float model on them"

@@ -273,13 +273,25 @@ def upper_quantiles(
     last = groups.shape[1] - 1
     ranks = [fraction * last for fraction in fractions]
     tail = min(last + 1, last - int(min(ranks)) + 1)
-    top = groups.topk(tail, dim=1).values
+    top = _largest(groups, tail)
     quantiles = []
     for rank in ranks:
         below = int(rank)
         above = min(below + 1, last)
         quantiles.append(torch.lerp(top[:, last - below], top[:, last - above], rank - below))
     return torch.stack(quantiles)
+
+
+def _largest(groups: Tensor, count: int) -> Tensor:
+    """The `count` largest values of each row, in descending order."""
+    if len(groups) == 1 and groups.shape[1] > 4 * PART:
+        # A bound from every 64th value spares sorting most of a long row; it is checked.
+        row, sample = groups[0], groups[0, ::64]
+        bound = sample.topk(min(len(sample), count // 32 + 16)).values[-1]
+        candidates = row[row >= bound]
+        if len(candidates) >= count:
+            return candidates.topk(count).values[None]
+    return groups.topk(count, dim=1).values
 
 
 def squared_errors(

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from qat import Granularity, QuantSpec
 from qat.quantizers import MSE, MinMax, Observer, ObserverFactory, Percentile
 from qat.quantizers.lsq import MeanMagnitude
-from qat.quantizers.observers import scale_of_range
+from qat.quantizers.observers import scale_of_range, upper_quantiles
 
 PER_CHANNEL = Granularity.PER_CHANNEL
 EVERY = pytest.mark.parametrize("make", [MinMax, Percentile, MSE, MeanMagnitude])
@@ -154,3 +154,17 @@ def test_unsigned_scale_spans_the_range_and_zero_has_a_code(
 ) -> None:
     spec = QuantSpec(2, signed=False)
     assert scale_of_range(torch.tensor(lower), torch.tensor(upper), spec) == (scale, zero_point)
+
+
+@pytest.mark.parametrize("kind", ["spread", "constant", "one outlier", "sorted"])
+def test_upper_quantiles_of_a_long_row_are_exact(kind: str) -> None:
+    row = torch.randn(1, 300_001, generator=torch.Generator().manual_seed(0))
+    if kind == "constant":
+        row = torch.ones_like(row)
+    elif kind == "one outlier":
+        row = torch.zeros_like(row).index_fill(1, torch.tensor([5]), 9.0)
+    elif kind == "sorted":
+        row = row.sort().values
+    fractions = (0.999, 0.9999, 0.99999, 1.0)
+    exact = row.double().quantile(torch.tensor(fractions, dtype=torch.float64), dim=1)
+    torch.testing.assert_close(upper_quantiles(row, fractions), exact.float())
