@@ -3,8 +3,7 @@
 Yang, Gong, Lin, Wu, Sun, Gu. https://arxiv.org/abs/2408.03291
 
 MOSF, by the authors' own words the median as the optimal scaling factor, guided by the mean
-absolute
-deviation: the common scale of RepQ-ViT's reparametrization is
+absolute deviation: the common scale of RepQ-ViT's reparametrization is
 
     s~ = argmin_t (1/D) sum_d |s_d - t| = median(s),    z~ = round(median(z))
 

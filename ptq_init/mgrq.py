@@ -91,8 +91,7 @@ class MGRQ:
         lr: Learning rate of weights, or of the rounding.
         step_lr: Learning rate of activation steps, as a share of their size.
         drop: Probability that an activation value passes unquantized in training (QDrop).
-        exact_inputs: Probability that a value of a block's input is that of the float model
-        (QDrop).
+        exact_inputs: Probability that a value of a block's input is that of the float model.
         temperature: tau of EBGS.
         num_init: Images, the first ones, on which quantizers are calibrated.
         per_token: Weight the error of each token by its inverse energy in the search of ranges.

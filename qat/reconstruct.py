@@ -15,8 +15,7 @@ quantized inputs, float inputs and float outputs, `4 * 3 * images * tokens * dim
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,10 +25,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.journal import Journal
-from qat.quantizers import Phase, quantizers, set_phase
-from qat.spec import Operand
+from qat.quantizers import Phase, set_phase
+from qat.stage_data import StageData, dropped, linear_layers, tapped
 from qat.stages import Stage, stages
-from qat.terms import Step, Term
+from qat.terms import Term
 from qat.trainable import Trainable
 
 EVALUATION_BATCH = 32
@@ -72,6 +71,8 @@ class Reconstruction:
                 "reconstruction needs num_steps and batch_size of at least 1 and drop in [0, 1), "
                 f"got {self.num_steps}, {self.batch_size} and {self.drop}"
             )
+        if not 0 <= self.exact_inputs <= 1:
+            raise ValueError(f"exact_inputs must be in [0, 1], got {self.exact_inputs}")
 
     def __call__(
         self,
@@ -112,7 +113,7 @@ class Reconstruction:
                 if state is None:
                     journal.begin(part, self.num_steps, len(chain) - index - 1)
                     rest = goal[index + 1 :]
-                    data = _Data(quantized, exact, target, logits, rest, self.exact_inputs)
+                    data = StageData(quantized, exact, target, logits, rest, self.exact_inputs)
                     generator = torch.Generator().manual_seed(self.seed * 1009 + index)
                     self._train(stage, reference, data, generator, partial(journal.step, part))
                     journal.finish(part, _state(stage))
@@ -127,7 +128,7 @@ class Reconstruction:
         self,
         stage: Stage,
         reference: Stage,
-        data: "_Data",
+        data: StageData,
         generator: torch.Generator,
         report: Callable[[int, dict[str, float]], None],
     ) -> None:
@@ -142,7 +143,7 @@ class Reconstruction:
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
         scales: dict[str, float] = {}
-        with _dropped(stage, self.drop, generator), _taps(self._watched(stage, reference)) as taps:
+        with dropped(stage, self.drop, generator), tapped(self._watched(stage, reference)) as taps:
             for number in range(self.num_steps):
                 step = data.draw(self.batch_size, generator, stage, reference, taps)
                 values = {name: term(step) for name, term in self.terms.items()}
@@ -169,7 +170,7 @@ class Reconstruction:
         """The linear layers of both stages, if a term reads them."""
         if not any(term.needs_layers for term in self.terms.values()):
             return []
-        return list(zip(_layers(stage), _layers(reference), strict=True))
+        return list(zip(linear_layers(stage), linear_layers(reference), strict=True))
 
     def _scales(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Factor of each term, fixed at the first step of a stage."""
@@ -189,102 +190,6 @@ def activation_bytes(chain: list[Stage], images: Tensor) -> int:
             widest = max(widest, 2 * x.numel() + y.numel())
             x = y
     return 4 * widest * len(images)
-
-
-@dataclass
-class _Data:
-    """All there is to draw training steps of one stage from."""
-
-    quantized: Tensor
-    exact: Tensor
-    target: Tensor
-    logits: Tensor
-    rest: list[Stage]
-    exact_inputs: float
-
-    def draw(
-        self,
-        batch_size: int,
-        generator: torch.Generator,
-        stage: Stage,
-        reference: Stage,
-        taps: "_Taps",
-    ) -> Step:
-        """Run a random batch through the stage, and its float twin if layers are asked for."""
-        chosen = torch.randint(len(self.target), (batch_size,), generator=generator)
-        chosen = chosen.to(self.target.device)
-        taps.clear()
-        inputs = self.quantized[chosen]
-        if self.exact_inputs:
-            exact = torch.rand(inputs.shape, generator=generator) < self.exact_inputs
-            inputs = torch.where(exact.to(inputs.device), self.exact[chosen], inputs)
-        output = stage.forward(inputs)
-        if taps.pairs:
-            with torch.no_grad():
-                reference.forward(self.exact[chosen])
-        return Step(output, self.target[chosen], self.logits[chosen], self._remainder, taps.read())
-
-    def _remainder(self, output: Tensor) -> Tensor:
-        for stage in self.rest:
-            output = stage.forward(output)
-        return output
-
-
-class _Taps:
-    """Outputs of pairs of layers, quantized and float, of the latest forward passes."""
-
-    def __init__(self, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
-        self.pairs = pairs
-        self.seen: dict[nn.Module, Tensor] = {}
-
-    def keep(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        """A forward hook."""
-        self.seen[layer] = output
-
-    def clear(self) -> None:
-        """Forget the last step."""
-        self.seen.clear()
-
-    def read(self) -> list[tuple[Tensor, Tensor]]:
-        """The outputs of each pair."""
-        return [(self.seen[ours], self.seen[theirs]) for ours, theirs in self.pairs]
-
-
-@contextmanager
-def _taps(pairs: list[tuple[nn.Module, nn.Module]]) -> Iterator[_Taps]:
-    taps = _Taps(pairs)
-    with ExitStack() as stack:
-        for layer in (layer for pair in pairs for layer in pair):
-            stack.callback(layer.register_forward_hook(taps.keep).remove)
-        yield taps
-
-
-@contextmanager
-def _dropped(stage: Stage, drop: float, generator: torch.Generator) -> Iterator[None]:
-    """Let each activation value pass unquantized with probability `drop`."""
-
-    def mix(quantizer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        # Drawn on the processor, from the stage's own generator, so that devices agree.
-        passes = torch.rand(output.shape, generator=generator) < drop
-        return torch.where(passes.to(output.device), inputs[0], output)
-
-    with ExitStack() as stack:
-        if drop:
-            for module in stage.modules:
-                for _, quantizer in quantizers(module):
-                    if quantizer.operand is not Operand.WEIGHT:
-                        stack.callback(quantizer.register_forward_hook(mix).remove)
-        yield
-
-
-def _layers(stage: Stage) -> list[nn.Module]:
-    """Linear layers of a stage, float or converted, in the order of its modules."""
-    return [
-        module
-        for top in stage.modules
-        for module in top.modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and hasattr(module, "in_features")
-    ]
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from qat.quantizers.observers import (
     Observer,
     ObserverFactory,
     Percentile,
-    PercentileMSE,
 )
 from qat.quantizers.per_operand import PerOperand
+from qat.quantizers.percentile_mse import PercentileMSE
 from qat.quantizers.tanq import TanQ
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat import ops
 from qat.quantizers.companding import Companding
-from qat.quantizers.observers import PART, upper_quantiles
+from qat.quantizers.percentile_mse import PART, upper_quantiles
 from qat.spec import Operand, QuantSpec
 
 FRACTIONS = (0.999, 0.9999, 0.99999)

@@ -82,9 +82,6 @@ class Observer(nn.Module, ABC):
         self._start[name] = value
 
 
-PART = 2**16
-"""Values that a search looks at together."""
-
 ObserverFactory = Callable[[QuantSpec, tuple[int, ...]], Observer]
 
 
@@ -191,107 +188,6 @@ class MSE(Observer):
         """The candidate of least error, scale by scale."""
         best = self.fractions[self.error.argmin(0)]
         return self.lower * best, self.upper * best
-
-
-class PercentileMSE(Observer):
-    """The range between two quantiles, of few candidates, whose grid has the least squared error.
-
-    The first batch fixes the candidates, between the quantiles 1 - p and p for each p; the errors
-    of all batches choose among them. All scales are searched at once. The range need not contain
-    zero. Source: official code of RepQ-ViT (https://github.com/zkkli/RepQ-ViT), which loops.
-
-    Args:
-        spec: Bits, sign and granularity of the operand.
-        shape: Its trailing shape.
-        fractions: The candidates p.
-        per_token: Divide the error of each token by its energy, so that the few tokens of a vision
-            transformer with huge features do not decide the range of all. Not part of RepQ-ViT.
-            Has no effect on weights, attention maps and channel-wise scales.
-    """
-
-    contains_zero = False
-    error: Tensor
-    lower: Tensor
-    upper: Tensor
-
-    def __init__(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, ...],
-        fractions: tuple[float, ...] = (0.999, 0.9999, 0.99999),
-        per_token: bool = False,
-    ) -> None:
-        super().__init__(spec, shape)
-        if not fractions or not all(0.5 < fraction <= 1 for fraction in fractions):
-            raise ValueError(f"PercentileMSE.fractions must be in (0.5, 1], got {fractions}")
-        self.fractions = tuple(fractions)
-        self.num_features = shape[-1] if per_token and not self.scale_shape else 1
-        for name in ("error", "lower", "upper"):
-            self._buffer(name, 0.0, len(self.fractions))
-
-    def update(self, groups: Tensor) -> None:
-        """Add the error of every candidate on this batch."""
-        if not self.count:
-            self.upper.copy_(upper_quantiles(groups, self.fractions))
-            self.lower.copy_(-upper_quantiles(-groups, self.fractions))
-        # In parts that stay in the cache of a processor, many times faster than whole tensors.
-        size = max(1, PART // len(groups) // self.num_features) * self.num_features
-        for part in groups.split(size, dim=1):
-            energy = self._energy(part)
-            for i in range(len(self.fractions)):
-                grid = scale_of_range(self.lower[i], self.upper[i], self.spec, contains_zero=False)
-                errors = squared_errors(part, *grid, self.spec)
-                if energy is None:
-                    self.error[i] += errors.sum(1)
-                else:
-                    self.error[i] += (errors.view(-1, self.num_features).sum(1) / energy).sum()
-
-    def _energy(self, part: Tensor) -> Tensor | None:
-        """Energy of each token, where tokens are weighted by it."""
-        if self.num_features == 1:
-            return None
-        return part.view(-1, self.num_features).square().sum(1).clamp(min=1e-12)
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """The candidate of least error, scale by scale."""
-        best = self.error.argmin(0, keepdim=True)
-        return self.lower.gather(0, best)[0], self.upper.gather(0, best)[0]
-
-
-def upper_quantiles(
-    groups: Float[Tensor, "rows values"], fractions: tuple[float, ...]
-) -> Float[Tensor, "fractions rows"]:
-    """Quantiles near the top of each row, linearly interpolated as in `torch.quantile`.
-
-    Only the tail is selected, so that rows of any length cost one partial sort.
-
-    Example:
-        >>> upper_quantiles(torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0]]), (0.875, 1.0))
-        tensor([[3.5000],
-                [4.0000]])
-    """
-    last = groups.shape[1] - 1
-    ranks = [fraction * last for fraction in fractions]
-    tail = min(last + 1, last - int(min(ranks)) + 1)
-    top = _largest(groups, tail)
-    quantiles = []
-    for rank in ranks:
-        below = int(rank)
-        above = min(below + 1, last)
-        quantiles.append(torch.lerp(top[:, last - below], top[:, last - above], rank - below))
-    return torch.stack(quantiles)
-
-
-def _largest(groups: Tensor, count: int) -> Tensor:
-    """The `count` largest values of each row, in descending order."""
-    if len(groups) == 1 and groups.shape[1] > 4 * PART:
-        # A bound from every 64th value spares sorting most of a long row; it is checked.
-        row, sample = groups[0], groups[0, ::64]
-        bound = sample.topk(min(len(sample), count // 32 + 16)).values[-1]
-        candidates = row[row >= bound]
-        if len(candidates) >= count:
-            return candidates.topk(count).values[None]
-    return groups.topk(count, dim=1).values
 
 
 def squared_errors(

@@ -313,6 +313,8 @@ def test_kept_activations_are_counted() -> None:
 def test_settings_without_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="num_steps and batch_size of at least 1 and drop"):
         Reconstruction({}, {}, (), **{"num_steps": 1, **wrong})
+    with pytest.raises(ValueError, match=r"exact_inputs must be in \[0, 1\]"):
+        Reconstruction({}, {}, (), 1, exact_inputs=1.5)
     with pytest.raises(ValueError, match="need weights"):
         Reconstruction({"block": OutputError()}, {}, (), 1)
 

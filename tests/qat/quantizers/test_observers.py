@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from qat import Granularity, QuantSpec
 from qat.quantizers import MSE, MinMax, Observer, ObserverFactory, Percentile
 from qat.quantizers.lsq import MeanMagnitude
-from qat.quantizers.observers import scale_of_range, upper_quantiles
+from qat.quantizers.observers import scale_of_range
+from qat.quantizers.percentile_mse import upper_quantiles
 
 PER_CHANNEL = Granularity.PER_CHANNEL
 EVERY = pytest.mark.parametrize("make", [MinMax, Percentile, MSE, MeanMagnitude])
