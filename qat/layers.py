@@ -118,11 +118,10 @@ class QuantMatmul(nn.Module):
 
     @property
     def phase(self) -> Phase:
-        """The phase of its quantizers, which are moved together; FLOAT where it has none."""
-        for quantizer in (self.left_quantizer, self.right_quantizer):
-            if quantizer is not None:
-                return quantizer.phase
-        return Phase.FLOAT
+        """The phase of its quantizers: of the first that is not FLOAT, if one is not."""
+        present = (self.left_quantizer, self.right_quantizer)
+        phases = (q.phase for q in present if q is not None)
+        return next((phase for phase in phases if phase is not Phase.FLOAT), Phase.FLOAT)
 
     def forward(
         self, left: Float[Tensor, "b heads rows inner"], right: Float[Tensor, "b heads _ _"]

@@ -189,3 +189,16 @@ def test_window_twin_keeps_names_and_does_not_save_the_position_index() -> None:
     assert set(attention.state_dict()) <= names
     assert isinstance(_twin(attention), QuantWindowAttention)
     assert "relative_position_index" not in names
+
+
+@pytest.mark.parametrize("product", ["qk", "av"])
+@pytest.mark.parametrize("side", ["left_quantizer", "right_quantizer"])
+def test_each_operand_of_a_product_can_be_quantized_alone(product: str, side: str) -> None:
+    attention = _attention(fused=True)
+    x = torch.randn(2, TOKENS, DIM)
+    expected = attention(x)
+    twin = _calibrated(_twin(attention), x)
+    set_phase(twin, Phase.FLOAT)
+    torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
+    getattr(getattr(twin, product), side).phase = Phase.QUANTIZE
+    assert (twin(x) - expected).abs().max() > 1e-4
