@@ -141,7 +141,9 @@ def _squared_errors(
         errors[slot] = errors.get(slot, 0.0) + found
         sizes[slot] = sizes.get(slot, 0) + inputs[0].numel()
 
-    handles = [probe.register_forward_pre_hook(partial(add, slot)) for slot, probe in probes.items()]
+    handles = [
+        probe.register_forward_pre_hook(partial(add, slot)) for slot, probe in probes.items()
+    ]
     for batch, _ in parts(images, None, size):
         model(batch)
     for handle in handles:
