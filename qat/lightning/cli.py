@@ -43,6 +43,12 @@ def make_parser() -> tuple[LightningArgumentParser, dict[str, LightningArgumentP
         )
         command.add_arguments(parsers[name])
         commands.add_subcommand(name, parsers[name], help=command.HELP)
+    keys = {
+        name: {action.dest.split(".")[0] for action in command._actions}
+        for name, command in parsers.items()
+    }
+    for name, command in parsers.items():
+        command.keys_of_other_commands = set().union(*keys.values()) - keys[name]
     return parser, parsers
 
 
