@@ -15,11 +15,17 @@ import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 from pytorch_lightning.cli import LightningArgumentParser
 
-from qat.lightning.commands import fit, plan, quantize, test
+from qat.lightning.commands import fit, plan, quantize, search, test
 from qat.lightning.recipe import RecipeFile
 from qat.plan import nearest
 
-COMMANDS: dict[str, Any] = {"fit": fit, "test": test, "quantize": quantize, "plan": plan}
+COMMANDS: dict[str, Any] = {
+    "fit": fit,
+    "test": test,
+    "quantize": quantize,
+    "search": search,
+    "plan": plan,
+}
 DEFAULT = ("fit", "--config", "configs/default.yaml")
 DESCRIPTION = "Low-bit vision transformers. Without arguments: " + " ".join(DEFAULT)
 
@@ -37,6 +43,12 @@ def make_parser() -> tuple[LightningArgumentParser, dict[str, LightningArgumentP
         )
         command.add_arguments(parsers[name])
         commands.add_subcommand(name, parsers[name], help=command.HELP)
+    keys = {
+        name: {action.dest.split(".")[0] for action in command._actions}
+        for name, command in parsers.items()
+    }
+    for name, command in parsers.items():
+        command.keys_of_other_commands = set().union(*keys.values()) - keys[name]
     return parser, parsers
 
 

@@ -124,6 +124,13 @@ class VisionData(LightningDataModule):
                 images.append(varied[copy // len(draw), draw[copy % len(draw)]][0])
         return list(torch.stack(images).split(min(self.batch_size, 32)))
 
+    def calibration_labels(self) -> Tensor:
+        """Classes of the calibration images, in their order, copies included."""
+        source = self._train_source() if self.calibrate_on == "train" else self.val
+        draw = self._calibration_draw(source)
+        copies = [draw[copy % len(draw)] for copy in range(self.num_augmented)]
+        return torch.tensor([int(source.labels[index]) for index in [*draw, *copies]])
+
     def _calibration_draw(self, source: Source) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed)
         draw = torch.randperm(len(source), generator=generator)[: self.num_calibration]

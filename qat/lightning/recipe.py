@@ -6,6 +6,7 @@ A recipe may start from others, named relative to itself, and states only what d
 
 Mappings merge key by key, later files win, and a mapping with another `class_path` replaces the
 one before. `${oc.env:NAME}` is an environment variable, `${key.of.the.recipe}` another value.
+A recipe may hold settings of several commands, such as `search`; each command reads its own.
 """
 
 from pathlib import Path
@@ -78,6 +79,8 @@ class RecipeFile(ActionConfigFile):
             recipe = load_recipe(value)
         except ValueError as error:
             raise TypeError(str(error)) from None
+        of_others = getattr(parser, "keys_of_other_commands", ())
+        recipe = {key: value for key, value in recipe.items() if key not in of_others}
         try:
             _refuse_unknown(recipe, [action.dest for action in parser._actions])
         except ValueError as error:

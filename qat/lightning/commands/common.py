@@ -2,6 +2,8 @@
 
 import platform
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
+from qat.lightning.recipe import load_recipe
 from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.losses import Objective
 from qat.models import num_classes_of
@@ -71,6 +74,33 @@ def add_training_arguments(parser: LightningArgumentParser) -> None:
     )
     parser.add_class_arguments(Distillation, "model", instantiate=False)
     parser.add_class_arguments(VisionData, "data", skip={"seed"}, instantiate=False)
+
+
+def add_grid_argument(parser: LightningArgumentParser) -> None:
+    """The argument of commands that go through a grid of recipes."""
+    parser.add_argument(
+        "--grid",
+        type=dict[str, list[str]] | None,
+        default=None,
+        help="Lists of recipe files; every choice of one of each is laid over the recipe and run.",
+    )
+
+
+def choices(grid: dict[str, list[str]]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """Every choice of one file of each list: the names of the files by key, and their paths."""
+    for paths in product(*grid.values()):
+        yield {key: Path(path).stem for key, path in zip(grid, paths, strict=True)}, paths
+
+
+def overlay(
+    parser: LightningArgumentParser, config: Namespace, paths: tuple[str, ...], seed: int
+) -> Namespace:
+    """The configuration with further recipe files laid over it."""
+    overlaid = config.clone()
+    overlaid.grid, overlaid.seed_everything = None, seed
+    for path in paths:
+        overlaid = parser.parse_object(load_recipe(path), overlaid)
+    return overlaid
 
 
 def prepare(config: Namespace) -> None:

@@ -6,11 +6,14 @@ from torch import nn
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
+    add_grid_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
+    choices,
     console,
     make_module,
+    overlay,
 )
 from qat.lightning.recipe import load_recipe
 from qat.models import timm_model
@@ -24,11 +27,26 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `plan`: those of `fit`, so that its recipes serve both."""
     add_run_arguments(parser)
     add_training_arguments(parser)
+    add_grid_argument(parser)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> None:
-    """Print the tables."""
-    model = build(parser, config)
+    """Print the tables; for a grid, those of every choice that differs from the ones before."""
+    if config.grid is None:
+        show(config, build(parser, config))
+        return
+    shown: list[Cost] = []
+    for names, paths in choices(config.grid):
+        chosen = overlay(parser, config, paths, config.seed_everything)
+        model = build(parser, chosen)
+        if (costs := cost(model)) not in shown:
+            shown.append(costs)
+            console.rule(" ".join(names.values()))
+            show(chosen, model)
+
+
+def show(config: Namespace, model: nn.Module) -> None:
+    """Print the tables of one model."""
     costs = cost(model)
     float_model = timm_model(**model.recipe)  # type: ignore[arg-type]
     console.print(plan_table(costs))

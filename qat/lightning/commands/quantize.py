@@ -2,8 +2,6 @@
 
 import copy
 import time
-from itertools import product
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,14 +11,17 @@ from rich.table import Table
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
+    add_grid_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
+    choices,
     console,
     make_data,
     make_judge,
     make_module,
     model_items,
+    overlay,
     prepare,
     recipe_name,
     run_items,
@@ -28,7 +29,6 @@ from qat.lightning.commands.common import (
 )
 from qat.lightning.comparison import Comparison
 from qat.lightning.progress import RunJournal
-from qat.lightning.recipe import load_recipe
 from qat.lightning.run_folder import RunFolder
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
@@ -41,12 +41,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `quantize`: those of `fit`, and a grid of recipes to compare."""
     add_run_arguments(parser)
     add_training_arguments(parser)
-    parser.add_argument(
-        "--grid",
-        type=dict[str, list[str]] | None,
-        default=None,
-        help="Lists of recipe files; every choice of one of each is laid over the recipe and run.",
-    )
+    add_grid_argument(parser)
     parser.add_argument("--draws", type=int, default=1, help="Seeds of each choice of the grid.")
 
 
@@ -102,13 +97,12 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     """Run every choice of the grid, each into a folder of its own; those that are done stay."""
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    for paths in product(*config.grid.values()):
+    for names, paths in choices(config.grid):
         for seed in range(config.seed_everything, config.seed_everything + config.draws):
-            names = {key: Path(path).stem for key, path in zip(config.grid, paths, strict=True)}
             chosen = RunFolder(folder.path / "-".join([*names.values(), str(seed)]))
             if not chosen.metrics.exists():
                 console.rule(" ".join([*names.values(), f"seed {seed}"]))
-                overlaid = _overlay(parser, config, paths, seed)
+                overlaid = overlay(parser, config, paths, seed)
                 overlaid.ckpt_path = "last" if (chosen.path / "config.yaml").exists() else None
                 quantize(parser, overlaid, chosen)
             rows.append({**names, **chosen.read_metrics()})
@@ -116,17 +110,6 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     first = {key: rows[0][key] for key in ("device", "torch_version", "top1_float", "n_images")}
     items = run_items("quantize", config, started, first["device"])
     folder.write_metrics({**items, **first, "draws": config.draws, "table": rows})
-
-
-def _overlay(
-    parser: LightningArgumentParser, config: Namespace, paths: tuple[str, ...], seed: int
-) -> Namespace:
-    """The configuration with further recipe files laid over it."""
-    overlaid = config.clone()
-    overlaid.grid, overlaid.seed_everything = None, seed
-    for path in paths:
-        overlaid = parser.parse_object(load_recipe(path), overlaid)
-    return overlaid
 
 
 def _resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> bool:

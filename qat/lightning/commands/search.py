@@ -1,0 +1,226 @@
+"""`search`: bits for every component under a budget, written as a plan that other commands read."""
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from rich.table import Table as RichTable
+from torch import nn
+
+from qat.lightning.commands.common import (
+    add_run_arguments,
+    add_training_arguments,
+    check_coverage,
+    console,
+    make_data,
+    make_judge,
+    make_module,
+    model_items,
+    prepare,
+    recipe_name,
+    run_items,
+    trainer_arguments,
+)
+from qat.lightning.plots import frontier_plot, sensitivity_plot
+from qat.lightning.progress import RunJournal
+from qat.lightning.run_folder import RunFolder
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.quantizers import ObserverFactory
+from qat.search import pmq
+from qat.search.allocate import Allocate, best, check_budget, frontier, hull, totals
+from qat.search.cost import cost
+from qat.search.latency import LatencyTable
+from qat.search.metrics import TaylorRemoval
+from qat.search.probe import probing
+from qat.search.sensitivity import Metric, Table, monotone
+
+HELP = "choose the bits of every component under a budget; writes a plan for fit and quantize"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, how, and under which budget.
+
+    Attributes:
+        metric: Measures sensitivities, see `qat.search.metrics`.
+        weights: Allowed widths of weights, 1 to 8; 1 needs a factory such as BinaryQuantizers.
+        activations: Allowed widths of activations.
+        pairs: Any pair of widths in a product, or only equal ones.
+        measure: Unit of the budget: operations, bytes, or measured seconds an image.
+        budget: Most that the whole model may cost; None takes the knee of the frontier.
+        like: A plan whose cost is the budget, in place of a number.
+        latency_table: Measured seconds, for a budget in seconds.
+        allocate: Chooses within the budget; the frontier's point by default.
+        observer: Chooses the ranges of the widths tried; None leaves it to the quantizers.
+        num_grid_images: Calibration images that ranges are chosen on.
+        labels: Give the metric the labels of the calibration images.
+    """
+
+    metric: Metric = TaylorRemoval()  # noqa: RUF009 - a frozen value
+    weights: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    activations: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    pairs: Literal["any", "equal"] = "any"
+    measure: Literal["bops", "size_bytes", "seconds"] = "bops"
+    budget: float | None = None
+    like: str | None = None
+    latency_table: str | None = None
+    allocate: Allocate = best
+    observer: ObserverFactory | None = None
+    num_grid_images: int = 8
+    labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.like is not None:
+            raise ValueError("search.budget and search.like both state the budget; set one")
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of `search`: those of `fit`, and what is searched."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+    parser.add_class_arguments(Search, "search", instantiate=False)
+
+
+def run(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Measure, choose, write the plan, and check that it loads and converts."""
+    started = time.monotonic()
+    folder = RunFolder.named(config.run_dir, recipe_name(config))
+    if folder.metrics.exists():
+        raise ValueError(f"run folder '{folder.path}' already holds a run; choose another")
+    prepare(config)
+    if config.model.plan is None:
+        raise ValueError(
+            "nothing to search: set model.plan to a plan whose operands the search may narrow, "
+            "such as configs/plans/all_w8a8.yaml"
+        )
+    settings = Search(**_arguments(parser, config))
+    module, data = make_module(parser, config), make_data(parser, config)
+    model = module.model
+    space = pmq.Space(tuple(settings.weights), tuple(settings.activations), settings.pairs)
+    widths, costs = pmq.slots(model, space), cost(model)
+    table = settings.latency_table
+    price = pmq.cost_of(settings.measure, None if table is None else LatencyTable.load(table))
+    budget = _budget(parser, config, settings, price)
+    if budget is not None:  # before anything takes time
+        check_budget(budget, *pmq.reach(costs, widths, space, settings.measure, price))
+    data.attach(expected_by(model), num_classes_of(model))
+    judge = make_judge(trainer_arguments(parser, config), folder)
+    device = judge.strategy.root_device
+    model.to(device)
+    batches = [images.to(device) for images in data.calibration_batches()]
+    labels = data.calibration_labels() if settings.labels else None
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with RunJournal(folder.path, console) as journal:
+        begun = time.monotonic()
+        module.initialise(model, batches, journal)
+        images = torch.cat(batches)
+        measured = time.monotonic()
+        grids = images[: settings.num_grid_images]
+        with probing(model, grids, widths, settings.observer) as probes:
+            omega = monotone(settings.metric(model, probes, images, labels))
+        solved = time.monotonic()
+        task = pmq.problem(costs, omega, space, settings.measure, price)
+        front = frontier(task.components)
+        if budget is None:
+            picks = tuple(int(pick) for pick in front.picks[front.knee()])
+        else:
+            picks = settings.allocate(
+                task.components, budget - task.constant, config.seed_everything
+            )
+        done = time.monotonic()
+    chosen = pmq.chosen_bits(task.components, picks, costs, omega)
+    plan = pmq.plan_of(model, chosen, pmq.reasons(task.components, picks, settings.measure))
+    plan.save(folder.path / "plan.yaml")
+    spent, loss = totals(task.components, picks)
+    _write_rows(
+        folder.path / "frontier.csv", pmq.frontier_rows(front, task.constant, settings.measure)
+    )
+    _write_rows(folder.path / "sensitivity.csv", _sensitivity_rows(omega, chosen))
+    sensitivity_plot(omega, chosen, 4, folder.path / "sensitivity.png")
+    edge = hull(task.components)
+    path = folder.path / "frontier.png"
+    frontier_plot(front, edge, task.constant, (spent, loss), settings.measure, path)
+    found = _converted(parser, config, folder.path / "plan.yaml")
+    check_coverage(found, config.require_coverage)
+    bits = pmq.mean_bits(cost(found))
+    folder.write_metrics(
+        {
+            **run_items("search", config, started, device),
+            "seconds_initialise": round(measured - begun, 3),
+            "seconds_sensitivity": round(solved - measured, 3),
+            "seconds_frontier": round(done - solved, 3),
+            "mean_bits_weight": bits[0],
+            "mean_bits_activation": bits[1],
+            "metric": type(settings.metric).__name__,
+            "measure": settings.measure,
+            "budget": budget,
+            "cost": spent + task.constant,
+            "loss": loss,
+            "n_calibration": len(images),
+            "n_frontier": len(front.costs),
+            **model_items(found),
+        }
+    )
+    console.print(_result_table(folder.read_metrics()))
+    console.print(f"plan: {folder.path / 'plan.yaml'}")
+
+
+def _arguments(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    objects = parser.instantiate(Namespace(search=config.search))
+    return dict(objects.search.items(branches=True, nested=False))
+
+
+def _budget(
+    parser: LightningArgumentParser, config: Namespace, settings: Search, price: pmq.SiteCost
+) -> float | None:
+    if settings.like is None:
+        return settings.budget
+    return pmq.cost_under(settings.measure, price, _converted(parser, config, Path(settings.like)))
+
+
+def _converted(parser: LightningArgumentParser, config: Namespace, plan: Path) -> nn.Module:
+    """The recipe's model under another plan."""
+    other = config.clone()
+    other.model.plan = str(plan)
+    return make_module(parser, other).model
+
+
+def _sensitivity_rows(omega: Table, chosen: dict[pmq.Slot, int]) -> list[dict[str, Any]]:
+    return [
+        {"module": slot.module, "operand": str(slot.operand), "bits": bits, "sensitivity": value,
+         "chosen": int(chosen[slot] == bits)}
+        for slot, row in omega.items()
+        for bits, value in row.items()
+    ]  # fmt: skip
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _result_table(items: dict[str, Any]) -> RichTable:
+    table = RichTable("", "value", title="Search", title_justify="left")
+    rows = {
+        "mean bits of weights": ("mean_bits_weight", "{:.2f}"),
+        "mean bits of activations, by MACs": ("mean_bits_activation", "{:.2f}"),
+        f"cost, {items['measure']}": ("cost", "{:,.6g}"),
+        "points of the frontier": ("n_frontier", "{:,}"),
+        "seconds to initialise": ("seconds_initialise", "{:.1f}"),
+        "seconds of sensitivities": ("seconds_sensitivity", "{:.1f}"),
+        "seconds of the frontier": ("seconds_frontier", "{:.2f}"),
+        "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
+        "BOPs (MACs x bits x bits)": ("bops", "{:,}"),
+    }
+    for label, (key, form) in rows.items():
+        table.add_row(label, form.format(items[key]))
+    return table

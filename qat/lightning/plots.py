@@ -1,0 +1,67 @@
+"""Pictures of a search: the sensitivity of every component, and the frontier."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qat.search.allocate import Frontier
+from qat.search.probe import Slot
+from qat.search.sensitivity import Table
+
+UNITS = {"bops": "BOPs of an image", "size_bytes": "bytes", "seconds": "seconds an image"}
+
+
+def sensitivity_plot(table: Table, chosen: Mapping[Slot, int], bits: int, path: Path) -> None:
+    """Omega of every operand at one width, and the bits that it was given."""
+    figure = Figure(figsize=(0.17 * len(table) + 2, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for operand in dict.fromkeys(slot.operand for slot in table):
+        at = [i for i, slot in enumerate(table) if slot.operand is operand]
+        rows = [table[slot] for slot in table if slot.operand is operand]
+        upper.plot(at, [_near(row, bits) for row in rows], "o", ms=4, label=str(operand))
+        found = [chosen[slot] for slot in table if slot.operand is operand]
+        lower.plot(at, found, "s", ms=4)
+    upper.set_yscale("log")
+    upper.set_ylabel(f"sensitivity at {bits} bits")
+    upper.legend(ncols=6, fontsize=8)
+    lower.set_ylabel("bits chosen")
+    lower.set_ylim(0.5, 8.5)
+    lower.set_xticks(range(len(table)), [str(slot) for slot in table], rotation=90, fontsize=6)
+    _save(figure, path)
+
+
+def frontier_plot(
+    frontier: Frontier,
+    hull: Frontier,
+    constant: float,
+    point: tuple[float, float],
+    measure: str,
+    path: Path,
+) -> None:
+    """Loss against cost, with the Lagrangian hull and the chosen point."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    axes.plot(frontier.costs + constant, _positive(frontier.losses), "-", label="Pareto frontier")
+    axes.plot(hull.costs + constant, _positive(hull.losses), ".", ms=3, label="Lagrangian hull")
+    axes.plot([point[0] + constant], [point[1]], "r*", ms=12, label="chosen")
+    axes.set_yscale("log")
+    axes.set_xlabel(UNITS[measure])
+    axes.set_ylabel("loss: sum of sensitivities")
+    axes.legend()
+    _save(figure, path)
+
+
+def _near(row: Mapping[int, float], bits: int) -> float:
+    return max(row[min(row, key=lambda width: abs(width - bits))], 1e-30)
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    return np.maximum(values, 1e-30)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure).print_png(str(path))

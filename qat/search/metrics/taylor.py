@@ -1,0 +1,195 @@
+"""Metrics of one backward pass, from the gradient of each image: M1, M3 and M4 of the notes.
+
+With g the gradient of log p(y) for one image, v a weight or activation and e = Q_b(v) - v, each as
+one vector, Omega(b) is the mean over images of
+
+    TaylorRemoval   M1   sum (g v)^2 * |e|^2 / |v|^2      removal error, times the share removed
+    FirstOrder      M3   (g . e)^2                        first order in the true perturbation
+    DiagonalFisher  M4   sum (g e)^2                      the same without cross terms
+
+With y drawn from the model's prediction, the expectation of M3 is twice the second-order term of
+the divergence that quantization causes; M4 equals it where errors are independent of each other.
+For a weight the mean of M1 over images is n * s * |e|^2 / |v|^2, with s the mean of E[(g w)^2].
+
+Provenance: *reconstruction*. The abstract of PMQ names a lightweight global metric without formula;
+the Taylor removal error is that of Molchanov et al. (CVPR 2019), from memory.
+"""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.search.probe import Probe, Slot
+from qat.search.sensitivity import Metric, check_target, log_likelihoods, parts
+from qat.spec import Operand
+
+Gradients = Float[Tensor, "images values"]
+Errors = Float[Tensor, "widths images values"]
+"""Weights have one error for all images, and 1 in place of their number."""
+
+
+@dataclass(frozen=True)
+class GradientMetric(Metric):
+    """What the metrics of this file share: one backward pass, all slots and widths in it.
+
+    Attributes:
+        target: Whose likelihood is differentiated, see `qat.search.sensitivity.log_likelihoods`.
+        seed: Draws the targets.
+        images_at_once: Images of a backward pass; bounds the memory.
+    """
+
+    target: str = "sampled"
+    seed: int = 0
+    images_at_once: int = 8
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+
+    @property
+    def needs_labels(self) -> bool:
+        """True for the target `labels`."""
+        return self.target == "labels"
+
+    @abstractmethod
+    def score(
+        self, gradient: Gradients, value: Gradients, error: Errors
+    ) -> Float[Tensor, " widths"]:
+        """Sum of the images' sensitivities, at each width."""
+
+    def measure(
+        self,
+        model: nn.Module,
+        probes: Mapping[Slot, Probe],
+        images: Float[Tensor, "batch c h w"],
+        labels: Int[Tensor, " batch"] | None,
+    ) -> dict[Slot, dict[int, float]]:
+        """Omega from one backward pass over all images."""
+        generator = torch.Generator().manual_seed(self.seed)
+        totals: dict[Slot, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        handles = []
+        for slot, probe in probes.items():
+            add = partial(self._add, totals, slot)
+            if slot.operand is Operand.WEIGHT:
+                layer: nn.Module = model.get_submodule(slot.module)
+                errors = probe.errors(layer.weight).flatten(1)  # type: ignore[arg-type]
+                handles.append(layer.register_forward_hook(partial(_tap_layer, errors, add)))
+            else:
+                handles.append(probe.register_forward_hook(partial(_tap_operand, add)))
+        wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+        try:
+            for batch, batch_labels in parts(images, labels, self.images_at_once):
+                with torch.enable_grad():
+                    logits = model(batch.requires_grad_(True))
+                    log_likelihoods(logits, self.target, batch_labels, generator).sum().backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(wanted[name])
+        return {
+            slot: dict(zip(probe.widths, (totals[slot] / len(images)).tolist(), strict=True))
+            for slot, probe in probes.items()
+        }
+
+    def _add(
+        self,
+        totals: dict[Slot, Tensor],
+        slot: Slot,
+        gradient: Gradients,
+        value: Gradients,
+        error: Errors,
+    ) -> None:
+        totals[slot] = totals[slot] + self.score(gradient, value, error).double().cpu()
+
+
+class TaylorRemoval(GradientMetric):
+    """M1: the Taylor estimate of a removal's error, times the share that quantization removes."""
+
+    def score(self, gradient: Gradients, value: Gradients, error: Errors) -> Tensor:
+        """Sum over images of `sum (g v)^2 * |e|^2 / |v|^2`."""
+        removal = (gradient * value).square().sum(1)
+        share = error.square().sum(2) / value.square().sum(1).clamp(min=1e-30)
+        return (removal * share).sum(1)
+
+
+class FirstOrder(GradientMetric):
+    """M3: the squared first-order change of the log-likelihood."""
+
+    def score(self, gradient: Gradients, value: Gradients, error: Errors) -> Tensor:
+        """Sum over images of `(g . e)^2`."""
+        if error.shape[1] == 1:
+            return (error[:, 0] @ gradient.T).square().sum(1)
+        return torch.einsum("kbn,bn->kb", error, gradient).square().sum(1)
+
+
+class DiagonalFisher(GradientMetric):
+    """M4: squared errors weighted by the diagonal of the Fisher information."""
+
+    def score(self, gradient: Gradients, value: Gradients, error: Errors) -> Tensor:
+        """Sum over images of `sum (g e)^2`."""
+        fisher = gradient.square()
+        if error.shape[1] == 1:
+            return error[:, 0].square() @ fisher.sum(0)
+        return error.square().flatten(1) @ fisher.flatten()
+
+
+def _tap_operand(
+    add: partial[None], probe: nn.Module, inputs: tuple[Tensor], out: Tensor
+) -> Tensor:
+    """Once the gradient of an operand arrives, score it."""
+    value = inputs[0].detach()
+    out = out.view_as(out)  # the operand as this product reads it, whoever else does
+
+    def arrived(gradient: Tensor) -> None:
+        assert isinstance(probe, Probe)
+        add(gradient.flatten(1), value.flatten(1), probe.errors(value).flatten(2))
+
+    out.register_hook(arrived)  # the image has a gradient, so every operand has
+    return out
+
+
+def _tap_layer(
+    errors: Tensor, add: partial[None], layer: nn.Module, inputs: tuple[Tensor], out: Tensor
+) -> None:
+    """Once the gradient of a layer's output arrives, score its weight."""
+    x, weight = inputs[0].detach(), layer.weight.detach()  # type: ignore[union-attr]
+
+    def arrived(gradient: Tensor) -> None:
+        per_image = weight_gradients(layer, x, gradient).flatten(1)
+        add(per_image, weight.reshape(1, -1), errors[:, None])  # type: ignore[operator]
+
+    out.register_hook(arrived)
+
+
+def weight_gradients(
+    layer: nn.Module, x: Float[Tensor, "batch ..."], gradient: Float[Tensor, "batch ..."]
+) -> Float[Tensor, "batch out inner"]:
+    """Gradient of each image's likelihood with respect to the weight of a layer.
+
+    Args:
+        layer: A linear layer or a convolution, converted or not.
+        x: Its input.
+        gradient: Gradient with respect to its output.
+
+    Raises:
+        ValueError: If the layer is a grouped convolution.
+    """
+    if not hasattr(layer, "kernel_size"):
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        return torch.einsum("bto,bti->boi", gradient.reshape(*rows.shape[:2], -1), rows)
+    if layer.groups != 1:  # type: ignore[union-attr]
+        raise ValueError(
+            "gradient metrics know no grouped convolution; keep it out of the search by a plan "
+            "rule without specs"
+        )
+    geometry = {key: getattr(layer, key) for key in ("dilation", "padding", "stride")}
+    patches = F.unfold(x, layer.kernel_size, **geometry)  # type: ignore[arg-type]
+    return torch.einsum("bol,bil->boi", gradient.flatten(2), patches)
