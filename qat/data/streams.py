@@ -6,6 +6,7 @@ threads nor a resumed run change a pixel of it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def _draw(size: int, num_images: int | None, seed: int) -> np.ndarray:
 
 def _transform(preprocessing: Preprocessing, cropped: bool) -> Callable[[Image.Image], Tensor]:
     """From PIL image to tensor; an image that is a crop already is not cropped again."""
-    settings = preprocessing.to_dict() | ({"crop_pct": 1.0} if cropped else {})
+    settings: dict[str, Any] = preprocessing.to_dict() | ({"crop_pct": 1.0} if cropped else {})
     mode = "RGB" if preprocessing.input_size[0] == 3 else "L"
-    steps = create_transform(**settings)
+    steps: Any = create_transform(**settings)
     return lambda image: steps(image.convert(mode))
