@@ -26,13 +26,18 @@ class Source:
         read: Returns the image at an index.
         labels: Class index of every image.
         num_classes: Number of classes of the task, which may exceed those present.
+        ids: What identifies each image, whichever part of the data this is; None numbers them.
 
     Raises:
         ValueError: If there is no image, or a label lies outside the classes.
     """
 
     def __init__(
-        self, read: Callable[[int], Image.Image], labels: Labels, num_classes: int
+        self,
+        read: Callable[[int], Image.Image],
+        labels: Labels,
+        num_classes: int,
+        ids: Sequence[int] | None = None,
     ) -> None:
         if not len(labels):
             raise ValueError("the data set is empty; check the path and the split")
@@ -44,6 +49,7 @@ class Source:
         self.read = read
         self.labels = labels
         self.num_classes = num_classes
+        self.ids = range(len(labels)) if ids is None else ids
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,7 +68,8 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: Labels) -> None:
         labels = [int(source.labels[int(index)]) for index in indices]
-        super().__init__(lambda i: source.read(int(indices[i])), labels, source.num_classes)
+        ids = [int(source.ids[int(index)]) for index in indices]
+        super().__init__(lambda i: source.read(int(indices[i])), labels, source.num_classes, ids)
 
 
 def digits(split: str) -> Source:

@@ -1,0 +1,110 @@
+"""Common corruptions of images, after ImageNet-C and CIFAR-10-C.
+
+Hendrycks and Dietterich, ICLR 2019. https://arxiv.org/abs/1903.12261
+
+Written anew from the published parameters and behaviour (docs/decisions/0007-corruptions.md says
+how close it comes). What is random is drawn from a generator keyed by (seed, image, corruption,
+severity), so that pixels depend on nothing else. A severity's parameters come from one of two
+styles: `imagenet`, whose results went through JPEG of quality 85, as the distributed images did,
+and `cifar`, whose results did not.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qat.data.corruptions import blur, digital, noise, weather
+from qat.data.corruptions.digital import jpeg_round_trip
+from qat.data.corruptions.elastic import elastic_transform
+from qat.data.corruptions.spatter import spatter
+from qat.data.corruptions.tables import PARAMETERS
+
+Style = Literal["imagenet", "cifar"]
+
+FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
+    "gaussian_noise": noise.gaussian_noise,
+    "shot_noise": noise.shot_noise,
+    "impulse_noise": noise.impulse_noise,
+    "defocus_blur": blur.defocus_blur,
+    "glass_blur": blur.glass_blur,
+    "motion_blur": blur.motion_blur,
+    "zoom_blur": blur.zoom_blur,
+    "snow": weather.snow,
+    "frost": weather.frost,
+    "fog": weather.fog,
+    "brightness": digital.brightness,
+    "contrast": digital.contrast,
+    "elastic_transform": elastic_transform,
+    "pixelate": digital.pixelate,
+    "jpeg_compression": digital.jpeg_compression,
+    "speckle_noise": noise.speckle_noise,
+    "gaussian_blur": blur.gaussian_blur,
+    "spatter": spatter,
+    "saturate": digital.saturate,
+}
+
+CORRUPTIONS = tuple(FUNCTIONS)[:15]
+"""The benchmark, in its official order."""
+
+HELD_OUT = tuple(FUNCTIONS)[15:]
+"""Four more, for choices that must not be made on the benchmark."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A corruption at a severity.
+
+    Attributes:
+        name: Of the corruption, or `clean`.
+        severity: 1 to 5; 0 for `clean`.
+    """
+
+    name: str
+    severity: int
+
+
+def require(domain: Domain) -> None:
+    """Check that a domain exists.
+
+    Raises:
+        ValueError: If there is no such corruption or severity.
+    """
+    if domain == Domain("clean", 0):
+        return
+    if domain.name not in FUNCTIONS:
+        known = ", ".join((*CORRUPTIONS, *HELD_OUT))
+        raise ValueError(f"there is no corruption '{domain.name}'; there are {known}, and clean")
+    if not 1 <= domain.severity <= 5:
+        raise ValueError(f"severity of {domain.name} must be 1 to 5, got {domain.severity}")
+
+
+def corrupt(
+    image: np.ndarray, domain: Domain, style: Style, key: tuple[int, int], *, save: bool = True
+) -> np.ndarray:
+    """Corrupt an image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        domain: Corruption and severity; `clean` returns the image as it is.
+        style: Whose parameters.
+        key: Seed and identity of the image.
+        save: In style `imagenet`, go through JPEG of quality 85 at the end.
+
+    Returns:
+        (H, W, 3) uint8; values are cut off to integers, not rounded, as in the original.
+
+    Raises:
+        ValueError: If there is no such corruption or severity.
+    """
+    require(domain)
+    if domain.severity == 0:
+        return image
+    words = (*key, zlib.crc32(domain.name.encode()), domain.severity)
+    generator = np.random.default_rng(words)
+    parameters = PARAMETERS[style][domain.name][domain.severity - 1]
+    result = FUNCTIONS[domain.name](image, *parameters, generator)
+    result = np.clip(result, 0, 255).astype(np.uint8)
+    return jpeg_round_trip(result, 85) if save and style == "imagenet" else result
