@@ -15,11 +15,17 @@ import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 from pytorch_lightning.cli import LightningArgumentParser
 
-from qat.lightning.commands import fit, plan, quantize, test
+from qat.lightning.commands import adapt, fit, plan, quantize, test
 from qat.lightning.recipe import RecipeFile
 from qat.plan import nearest
 
-COMMANDS: dict[str, Any] = {"fit": fit, "test": test, "quantize": quantize, "plan": plan}
+COMMANDS: dict[str, Any] = {
+    "fit": fit,
+    "test": test,
+    "quantize": quantize,
+    "adapt": adapt,
+    "plan": plan,
+}
 DEFAULT = ("fit", "--config", "configs/default.yaml")
 DESCRIPTION = "Low-bit vision transformers. Without arguments: " + " ".join(DEFAULT)
 

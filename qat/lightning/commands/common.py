@@ -80,6 +80,36 @@ def prepare(config: Namespace) -> None:
     seed_everything(config.seed_everything, verbose=False)
 
 
+def resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> bool:
+    """Whether this run continues one in the folder; keeps the recipe there if it does not.
+
+    Raises:
+        ValueError: If the folder holds a run that is complete, that nobody asked to continue, or
+            that had another recipe.
+    """
+    path = folder.path / "config.yaml"
+    settings = config.clone()
+    settings.ckpt_path = settings.config = settings.run_dir = None
+    text = parser.dump(settings, skip_validation=True)
+    if folder.metrics.exists() or (path.exists() and config.ckpt_path != "last"):
+        raise ValueError(
+            f"run folder '{folder.path}' already holds a run; continue an incomplete one with "
+            "--ckpt_path last, or choose another --run_dir"
+        )
+    if config.ckpt_path != "last":
+        folder.path.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return False
+    if not path.exists():
+        raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
+    if path.read_text() != text:
+        raise ValueError(
+            f"the run in '{folder.path}' had another recipe; continue it with the one kept in its "
+            "config.yaml, or choose another --run_dir"
+        )
+    return True
+
+
 def make_module(parser: LightningArgumentParser, config: Namespace) -> Distillation:
     """The Lightning module of a recipe; builds the model and loads the teacher."""
     if config.init is not None:
