@@ -5,7 +5,7 @@ other rows are answered exactly as if it had never been in the batch. Masking it
 because zero times NaN is NaN in the backward pass. A batch of the wrong form is refused as a whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -28,7 +28,7 @@ class Outcome(StrEnum):
     ADAPTED = "adapted"
     SKIPPED = "skipped"  # nothing in the batch was worth a step
     ROLLED_BACK = "rolled back"  # the step failed; the state is that before it
-    RESET = "reset"  # the state had collapsed; it is that of the start
+    RESET = "reset"  # the state is that of the start
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +60,11 @@ class Step:
 
     Attributes:
         logits: Logits, without gradient.
-        state: The state after the step; the same object where nothing was adapted.
+        state: The state after the step.
         num_selected: Images whose loss entered the step.
         num_forward: Images sent forward, each time counted.
         num_backward: Images sent backward, each time counted.
+        reset: Why the method wants to start anew after this batch; empty if it does not.
     """
 
     logits: Float[Tensor, "n c"]
@@ -71,6 +72,7 @@ class Step:
     num_selected: int = 0
     num_forward: int = 0
     num_backward: int = 0
+    reset: str = ""
 
 
 Code = Literal["type", "rank", "channels", "size", "dtype", "device", "empty"]
@@ -179,6 +181,3 @@ def scattered(
     out[kept] = rows
     return out
 
-
-Predict = Callable[[Tensor], Tensor]
-"""From images (N, ...) to logits (N, C)."""

@@ -76,7 +76,7 @@ class Counts:
         adapted: Batches with a step.
         skipped: Batches with nothing worth a step.
         rolled_back: Batches whose step failed.
-        reset: Collapses, each followed by a reset.
+        reset: Returns to the start, by the guard or by the method.
         selected: Images whose loss entered a step.
         forward: Images sent forward, each time counted.
         backward: Images sent backward, each time counted.
@@ -253,9 +253,10 @@ class Adapter:
             failure = f"{type(error).__name__}: {error}"
         else:
             if failure is None:
-                if step.state is not before:
-                    return step, Outcome.ADAPTED, ""
-                return step, Outcome.SKIPPED if self.method.adapts else Outcome.KEPT, ""
+                if step.reset:
+                    return replace(step, state=self.initial), Outcome.RESET, step.reset
+                idle = Outcome.SKIPPED if self.method.adapts else Outcome.KEPT
+                return step, Outcome.ADAPTED if step.num_selected else idle, ""
             failure = f"'{failure}' is not finite"
         with torch.no_grad():
             logits = self.method.predict(self.on, before, images)
