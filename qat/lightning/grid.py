@@ -47,7 +47,7 @@ def run_grid(
                 if (chosen.path / "config.yaml").exists():
                     overlaid.ckpt_path = "last"
                 run_one(overlaid, chosen)
-            rows.append({**names, **chosen.read_metrics()})
+            rows.append({**names, **chosen.read_metrics(), **names})
             yield rows
 
 

@@ -173,11 +173,8 @@ class Intake:
         return None
 
 
-def scattered(
-    rows: Float[Tensor, "m c"], kept: Bool[Tensor, " n"]
-) -> Float[Tensor, "n c"]:
+def scattered(rows: Float[Tensor, "m c"], kept: Bool[Tensor, " n"]) -> Float[Tensor, "n c"]:
     """Rows in their places among `kept`, NaN elsewhere."""
     out = rows.new_full((len(kept), rows.shape[1]), torch.nan)
     out[kept] = rows
     return out
-

@@ -136,7 +136,7 @@ class Adapter:
         self.intake = Intake.of(expected_by(model))
         self.on = Overlay(model, method.parameters(model))
         self.own = self.on.flat()
-        state = dict(method.start(self.on, list(calibration)))
+        state = with_part({}, "method", method.start(self.on, list(calibration)))
         if guard is not None:
             state = with_part(state, "guard", guard.start(num_classes_of(model)))
         self.initial: State = state
@@ -217,7 +217,8 @@ class Adapter:
     def _answer(self, images: Tensor) -> tuple[Answer, State]:
         """The answer to rows that were taken in, and the state to go on with."""
         step, outcome, reason = self._attempt(images)
-        logits, state, forward = step.logits, step.state, step.num_forward
+        logits, forward = step.logits, step.num_forward
+        state = self.initial if outcome is Outcome.RESET else with_part(self.state, "method", step.state)
         if self.guard is not None or not logits.isfinite().all():
             source = self.source(images)
             forward += len(images)
@@ -243,7 +244,7 @@ class Adapter:
 
     def _attempt(self, images: Tensor) -> tuple[Step, Outcome, str]:
         """One step; where it fails in any way, an answer by the state before it."""
-        before = self.state
+        before = part(self.state, "method")
         key = np.random.SeedSequence((self.seed, self.counts.position)).generate_state(1)[0]
         generator = torch.Generator(images.device).manual_seed(int(key))
         try:
@@ -254,7 +255,7 @@ class Adapter:
         else:
             if failure is None:
                 if step.reset:
-                    return replace(step, state=self.initial), Outcome.RESET, step.reset
+                    return step, Outcome.RESET, step.reset
                 idle = Outcome.SKIPPED if self.method.adapts else Outcome.KEPT
                 return step, Outcome.ADAPTED if step.num_selected else idle, ""
             failure = f"'{failure}' is not finite"

@@ -133,9 +133,7 @@ class BatchStatistics:
             base_variance = own_variance if self.variances is None else self.variances[name]
             axes = [axis for axis in range(inputs[0].ndim) if axis != 1]
             mean = torch.lerp(base_mean, inputs[0].mean(axes), self.share)
-            variance = torch.lerp(
-                base_variance, inputs[0].var(axes, correction=0), self.share
-            )
+            variance = torch.lerp(base_variance, inputs[0].var(axes, correction=0), self.share)
             if self.seen is not None:
                 self.seen[name] = (mean.detach(), variance.detach())
             return (restated(inputs[0], mean, variance, own_mean, own_variance, layer.eps),)

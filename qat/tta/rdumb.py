@@ -53,4 +53,6 @@ class RDumb(Method):
         step = self.method.step(on, part(state, "inner"), images, generator)
         batches = state["batches"] + 1
         reset = f"{self.period} batches are over" if batches >= self.period else step.reset
-        return replace(step, state=with_part({"batches": batches}, "inner", step.state), reset=reset)
+        return replace(
+            step, state=with_part({"batches": batches}, "inner", step.state), reset=reset
+        )

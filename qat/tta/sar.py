@@ -80,9 +80,7 @@ class SAR(GradientMethod):
         loss = entropy(again.detach()[still]).mean()
         loss = loss if state["loss"] == UNSEEN else moved(state["loss"], loss, 0.1)
         fallen = f"running entropy {loss:.3f} is below {self.floor}" if loss < self.floor else ""
-        return Step(
-            answer, {**state, "loss": loss}, second, n + len(rows), first + second, fallen
-        )
+        return Step(answer, {**state, "loss": loss}, second, n + len(rows), first + second, fallen)
 
 
 def climbed(

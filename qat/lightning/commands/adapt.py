@@ -140,9 +140,7 @@ def adapt(
         "number of batches": len(stream),
     }
     store = Store(folder.path, identity)
-    adaptation = Adaptation(
-        adapter, stream, store, folder.path / "stream.csv", settings.save_every
-    )
+    adaptation = Adaptation(adapter, stream, store, folder.path / "stream.csv", settings.save_every)
     if resumed:
         _resume(adaptation)
     left = len(stream) - adapter.counts.position
@@ -175,14 +173,12 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     for rows in run_grid(parser, config, folder, run_one):  # noqa: B007
         console.print(grid_table("Comparison", rows, list(config.grid), COLUMNS))
     first = {key: rows[0][key] for key in ("device", "torch_version")}
-    table = [{k: v for k, v in row.items() if k not in ("table", "method")} for row in rows]
+    table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
     items = run_items("adapt", config, started, first["device"])
     folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
 
 
-def make_stream(
-    settings: StreamSettings, data: VisionData, model: nn.Module, seed: int
-) -> Stream:
+def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:
     """The stream over the evaluation images of a recipe."""
     images = settings.images or Generated(data.evaluation_source(), settings.style, seed)
     return Stream(
