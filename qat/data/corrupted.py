@@ -79,14 +79,14 @@ class Generated:
         """An image in a domain; raises `Unreadable` if its file is broken."""
         image = read_rgb(self.source.read, index)
         if self.style == "imagenet":
-            image = _cropped(image)
+            image = imagenet_crop(image)
         if domain.severity == 0:
             return image
         pixels = corrupt(np.asarray(image), domain, self.style, (self.seed, self.source.ids[index]))
         return Image.fromarray(pixels)
 
 
-def _cropped(image: Image.Image) -> Image.Image:
+def imagenet_crop(image: Image.Image) -> Image.Image:
     """Shorter side to 256 pixels, then the central 224."""
     width, height = image.size
     short = min(width, height)

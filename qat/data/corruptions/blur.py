@@ -38,7 +38,7 @@ def motion_blur(
 ) -> np.ndarray:
     """Moved along a line between -45 and 45 degrees."""
     angle = generator.uniform(-45, 45)
-    return np.rint(motion(image.astype(np.float32), radius, sigma, angle))
+    return motion(image.astype(np.float32), radius, sigma, angle)
 
 
 def zoom_blur(

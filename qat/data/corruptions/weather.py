@@ -29,7 +29,7 @@ def snow(
     flakes = zoom_in(torch.from_numpy(noise)[None], zoom)[0].numpy()
     flakes = np.where(flakes < threshold, 0, np.clip(flakes, 0, 1) * 255)
     falling = generator.uniform(-135, -45)
-    flakes = np.rint(motion(np.floor(flakes).astype(np.float32), radius, sigma, falling))
+    flakes = np.floor(motion(np.floor(flakes).astype(np.float32), radius, sigma, falling))
     x = image.astype(np.float32)
     white = np.maximum(x, cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None] * 1.5 + 127.5)
     layers = flakes + np.rot90(flakes, 2)
