@@ -15,7 +15,7 @@ import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
 from pytorch_lightning.cli import LightningArgumentParser
 
-from qat.lightning.commands import fit, plan, quantize, search, test
+from qat.lightning.commands import adapt, fit, plan, quantize, search, test
 from qat.lightning.recipe import RecipeFile
 from qat.plan import nearest
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "test": test,
     "quantize": quantize,
     "search": search,
+    "adapt": adapt,
     "plan": plan,
 }
 DEFAULT = ("fit", "--config", "configs/default.yaml")

@@ -1,5 +1,6 @@
-"""Pictures of a search: the sensitivity of every component, and the frontier."""
+"""Pictures of runs: sensitivities and frontier of a search, the error over a stream."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from qat.search.probe import Slot
 from qat.search.sensitivity import Table
 
 UNITS = {"bops": "BOPs of an image", "size_bytes": "bytes", "seconds": "seconds an image"}
+SMOOTHING = 0.2
+"""Share of a batch in the running error that is drawn."""
 
 
 def sensitivity_plot(table: Table, chosen: Mapping[Slot, int], bits: int, path: Path) -> None:
@@ -55,6 +58,31 @@ def frontier_plot(
     _save(figure, path)
 
 
+def stream_plot(table: Path, picture: Path) -> None:
+    """Draw the error over a stream, with and without adaptation.
+
+    Args:
+        table: The `stream.csv` of a run.
+        picture: The PNG file that is written.
+    """
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="batch", ylabel="error, running mean", ylim=(0, 1))
+    for key, label in (("error_source", "not adapted"), ("error", "adapted")):
+        axes.plot(_smooth([float(row[key]) for row in rows]), label=label)
+    starts = [i for i, row in enumerate(rows) if not i or row["domain"] != rows[i - 1]["domain"]]
+    if len(starts) <= 40:
+        for start in starts:
+            axes.axvline(start, color="0.85", zorder=0)
+            axes.text(start, 1.01, rows[start]["domain"][:18], rotation=40, fontsize=6)
+    for row in rows:
+        if row["outcome"] == "reset":
+            axes.axvline(int(row["position"]), color="red", linestyle=":", linewidth=1)
+    axes.legend(loc="lower right")
+    _save(figure, picture)
+
+
 def _near(row: Mapping[int, float], bits: int) -> float:
     return max(row[min(row, key=lambda width: abs(width - bits))], 1e-30)
 
@@ -65,3 +93,11 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _smooth(values: list[float]) -> list[float]:
+    smooth: list[float] = []
+    for value in values:
+        last = smooth[-1] if smooth else value
+        smooth.append(last + SMOOTHING * (value - last))
+    return smooth

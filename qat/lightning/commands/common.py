@@ -2,8 +2,6 @@
 
 import platform
 import time
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from torch import nn
 
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
-from qat.lightning.recipe import load_recipe
 from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.losses import Objective
 from qat.models import num_classes_of
@@ -76,38 +73,41 @@ def add_training_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(VisionData, "data", skip={"seed"}, instantiate=False)
 
 
-def add_grid_argument(parser: LightningArgumentParser) -> None:
-    """The argument of commands that go through a grid of recipes."""
-    parser.add_argument(
-        "--grid",
-        type=dict[str, list[str]] | None,
-        default=None,
-        help="Lists of recipe files; every choice of one of each is laid over the recipe and run.",
-    )
-
-
-def choices(grid: dict[str, list[str]]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
-    """Every choice of one file of each list: the names of the files by key, and their paths."""
-    for paths in product(*grid.values()):
-        yield {key: Path(path).stem for key, path in zip(grid, paths, strict=True)}, paths
-
-
-def overlay(
-    parser: LightningArgumentParser, config: Namespace, paths: tuple[str, ...], seed: int
-) -> Namespace:
-    """The configuration with further recipe files laid over it."""
-    overlaid = config.clone()
-    overlaid.grid, overlaid.seed_everything = None, seed
-    for path in paths:
-        overlaid = parser.parse_object(load_recipe(path), overlaid)
-    return overlaid
-
-
 def prepare(config: Namespace) -> None:
     """Threads and seeds, before anything is built."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     seed_everything(config.seed_everything, verbose=False)
+
+
+def resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> bool:
+    """Whether this run continues one in the folder; keeps the recipe there if it does not.
+
+    Raises:
+        ValueError: If the folder holds a run that is complete, that nobody asked to continue, or
+            that had another recipe.
+    """
+    path = folder.path / "config.yaml"
+    settings = config.clone()
+    settings.ckpt_path = settings.config = settings.run_dir = None
+    text = parser.dump(settings, skip_validation=True)
+    if folder.metrics.exists() or (path.exists() and config.ckpt_path != "last"):
+        raise ValueError(
+            f"run folder '{folder.path}' already holds a run; continue an incomplete one with "
+            "--ckpt_path last, or choose another --run_dir"
+        )
+    if config.ckpt_path != "last":
+        folder.path.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return False
+    if not path.exists():
+        raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
+    if path.read_text() != text:
+        raise ValueError(
+            f"the run in '{folder.path}' had another recipe; continue it with the one kept in its "
+            "config.yaml, or choose another --run_dir"
+        )
+    return True
 
 
 def make_module(parser: LightningArgumentParser, config: Namespace) -> Distillation:

@@ -6,15 +6,13 @@ from torch import nn
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
-    add_grid_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
-    choices,
     console,
     make_module,
-    overlay,
 )
+from qat.lightning.grid import add_grid_argument, choices, overlay
 from qat.lightning.recipe import load_recipe
 from qat.models import timm_model
 from qat.report import claim_lines, plan_table, totals_table

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from statistics import mean, stdev
+from functools import partial
+from statistics import mean
 from typing import Any
 
 from jsonargparse import Namespace
@@ -11,38 +12,36 @@ from rich.table import Table
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
-    add_grid_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
-    choices,
     console,
     make_data,
     make_judge,
     make_module,
     model_items,
-    overlay,
     prepare,
     recipe_name,
+    resumes,
     run_items,
     trainer_arguments,
 )
 from qat.lightning.comparison import Comparison
+from qat.lightning.grid import add_grid_arguments, grid_table, run_grid
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 
 HELP = "quantize a trained model on a few images without labels, compare it with float, save it"
-COLUMNS = ("top1", "agreement", "logit_error", "seconds_calibration")
+COLUMNS = {"top1": 4, "agreement": 4, "logit_error": 4, "seconds_calibration": 1}
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `quantize`: those of `fit`, and a grid of recipes to compare."""
     add_run_arguments(parser)
     add_training_arguments(parser)
-    add_grid_argument(parser)
-    parser.add_argument("--draws", type=int, default=1, help="Seeds of each choice of the grid.")
+    add_grid_arguments(parser)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> None:
@@ -59,7 +58,12 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
 def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
     """Initialise, evaluate and save one model into a run folder."""
     started = time.monotonic()
-    resume = _resumes(parser, config, folder)
+    if config.ckpt_path not in (None, "last"):
+        raise ValueError(
+            f"quantize starts from a float model, not from checkpoint '{config.ckpt_path}'; name "
+            "its weights as model.model or model.teacher, or continue a run with --ckpt_path last"
+        )
+    resume = resumes(parser, config, folder)
     prepare(config)
     module, data = make_module(parser, config), make_data(parser, config)
     model = module.model
@@ -97,54 +101,11 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     """Run every choice of the grid, each into a folder of its own; those that are done stay."""
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    for names, paths in choices(config.grid):
-        for seed in range(config.seed_everything, config.seed_everything + config.draws):
-            chosen = RunFolder(folder.path / "-".join([*names.values(), str(seed)]))
-            if not chosen.metrics.exists():
-                console.rule(" ".join([*names.values(), f"seed {seed}"]))
-                overlaid = overlay(parser, config, paths, seed)
-                overlaid.ckpt_path = "last" if (chosen.path / "config.yaml").exists() else None
-                quantize(parser, overlaid, chosen)
-            rows.append({**names, **chosen.read_metrics()})
-            console.print(comparison_table(rows, list(config.grid)))
+    for rows in run_grid(parser, config, folder, partial(quantize, parser)):
+        console.print(comparison_table(rows, list(config.grid)))
     first = {key: rows[0][key] for key in ("device", "torch_version", "top1_float", "n_images")}
     items = run_items("quantize", config, started, first["device"])
     folder.write_metrics({**items, **first, "draws": config.draws, "table": rows})
-
-
-def _resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> bool:
-    """Whether this run continues one in the folder; keeps the recipe there if it does not.
-
-    Raises:
-        ValueError: If the folder holds a run that is complete, that nobody asked to continue, or
-            that had another recipe.
-    """
-    path = folder.path / "config.yaml"
-    settings = config.clone()
-    settings.ckpt_path = settings.config = settings.run_dir = None
-    text = parser.dump(settings, skip_validation=True)
-    if config.ckpt_path not in (None, "last"):
-        raise ValueError(
-            f"quantize starts from a float model, not from checkpoint '{config.ckpt_path}'; name "
-            "its weights as model.model or model.teacher, or continue a run with --ckpt_path last"
-        )
-    if folder.metrics.exists() or (path.exists() and config.ckpt_path is None):
-        raise ValueError(
-            f"run folder '{folder.path}' already holds a run; continue an incomplete one with "
-            "--ckpt_path last, or choose another --run_dir"
-        )
-    if config.ckpt_path is None:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return False
-    if not path.exists():
-        raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
-    if path.read_text() != text:
-        raise ValueError(
-            f"the run in '{folder.path}' had another recipe; continue it with the one kept in its "
-            "config.yaml, or choose another --run_dir"
-        )
-    return True
 
 
 def result_table(items: dict[str, Any]) -> Table:
@@ -168,18 +129,6 @@ def result_table(items: dict[str, Any]) -> Table:
 
 
 def comparison_table(rows: list[dict[str, Any]], keys: list[str]) -> Table:
-    """A row for each choice of the grid: mean over its draws, and standard deviation."""
+    """A row for each choice of the grid."""
     title = f"Comparison; float top-1 {mean(row['top1_float'] for row in rows):.4f}"
-    table = Table(*keys, "draws", *COLUMNS, title=title, title_justify="left")
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for names, group in groups.items():
-        cells = []
-        for column in COLUMNS:
-            values = [row[column] for row in group]
-            spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-            digits = 1 if column.startswith("seconds") else 4
-            cells.append(f"{mean(values):.{digits}f}{spread if digits > 1 else ''}")
-        table.add_row(*names, str(len(group)), *cells)
-    return table
+    return grid_table(title, rows, keys, COLUMNS)

@@ -1,0 +1,260 @@
+"""`adapt`: test-time adaptation over a stream of corrupted images, beside the unadapted model."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from qat import checkpoint as files
+from qat.component import describe
+from qat.data.corrupted import CorruptedImages, Generated
+from qat.data.protocols import StreamProtocol
+from qat.data.streams import Stream
+from qat.lightning.adaptation import Adaptation
+from qat.lightning.commands.common import (
+    add_run_arguments,
+    add_training_arguments,
+    check_coverage,
+    console,
+    make_data,
+    make_judge,
+    make_module,
+    model_items,
+    prepare,
+    recipe_name,
+    resumes,
+    run_items,
+    trainer_arguments,
+)
+from qat.lightning.data import VisionData
+from qat.lightning.grid import add_grid_arguments, grid_table, run_grid
+from qat.lightning.plots import stream_plot
+from qat.lightning.progress import RunJournal
+from qat.lightning.run_folder import RunFolder
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.tta import Adapter, Guard, Method
+from qat.tta.store import SLOTS, Store
+
+HELP = "adapt a model to a stream of corrupted images, and compare it with the model left alone"
+COLUMNS = {
+    "error_source_mean": 4, "error_mean": 4, "error_worst": 4, "loss_worst": 4,
+    "error_class_mean": 4, "ece_mean": 4, "n_reset": 1, "seconds_ratio": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """The stream of a recipe.
+
+    Attributes:
+        protocol: Which corruption comes when.
+        style: Corruptions are generated from `data.val` as those of `imagenet` or `cifar`.
+        images: An official set in place of generated corruptions.
+        batch_size: Images a batch.
+        num_images: Images under each corruption, a random draw; null takes all.
+        num_workers: Processes that make batches ahead of time.
+        save_every: Batches between two saves of the state.
+    """
+
+    protocol: StreamProtocol
+    style: Literal["imagenet", "cifar"] = "imagenet"
+    images: CorruptedImages | None = None
+    batch_size: int = 50
+    num_images: int | None = None
+    num_workers: int = 0
+    save_every: int = 20
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of `adapt`: those of `quantize`, a method, a guard and a stream."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+    add_grid_arguments(parser)
+    parser.add_argument("--method", type=Method, help="Method of adaptation.")
+    parser.add_argument(
+        "--guard", type=Guard | None, default=None, help="Guard that watches the method."
+    )
+    parser.add_class_arguments(StreamSettings, "stream", instantiate=False)
+    parser.set_defaults(
+        {
+            "method": {"class_path": "qat.tta.Source"},
+            "stream.protocol": {"class_path": "qat.data.protocols.Continual"},
+        }
+    )
+
+
+def run(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Adapt once, or once for each choice of the grid, and print a table."""
+    folder = RunFolder.named(config.run_dir, recipe_name(config))
+    if config.grid is None:
+        adapt(parser, config, folder, folder.path / "model.ckpt")
+        items = folder.read_metrics()
+        console.print(corruption_table(items))
+        console.print(summary_table(items))
+    else:
+        compare(parser, config, folder)
+    console.print(f"run folder: {folder.path}")
+
+
+def adapt(
+    parser: LightningArgumentParser, config: Namespace, folder: RunFolder, model_path: Path
+) -> None:
+    """Adapt one model over one stream, into a run folder.
+
+    Args:
+        parser: The parser of the command.
+        config: The configuration.
+        folder: The run folder.
+        model_path: Where the model that adapts is kept; one that is there is used.
+    """
+    started = time.monotonic()
+    resumed = resumes(parser, config, folder)
+    prepare(config)
+    data = make_data(parser, config)
+    device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
+    model = _model(parser, config, data, model_path)
+    check_coverage(model, config.require_coverage)
+    objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
+    stream_settings = parser.instantiate(Namespace(stream=config.stream)).stream
+    settings = StreamSettings(**dict(stream_settings.items(branches=True, nested=False)))
+    stream = make_stream(settings, data, model, config.seed_everything)
+    model.to(device)
+    calibration = [images.to(device) for images in data.calibration_batches()]
+    adapter = Adapter(
+        model, objects.method, calibration, guard=objects.guard, seed=config.seed_everything
+    )
+    identity = {
+        "model": files.digest(model.state_dict()),
+        "method": describe(objects.method),
+        "guard": describe(objects.guard),
+        "stream": config_of(parser, config),
+        "number of batches": len(stream),
+    }
+    store = Store(folder.path, identity)
+    adaptation = Adaptation(adapter, stream, store, folder.path / "stream.csv", settings.save_every)
+    if resumed:
+        _resume(adaptation)
+    left = len(stream) - adapter.counts.position
+    batches = iter(track(range(left), description="adapting", console=console, transient=True))
+    adaptation.run(lambda: next(batches, None), settings.num_workers)
+    next(batches, None)
+    stream_plot(folder.path / "stream.csv", folder.path / "stream.png")
+    folder.write_metrics(
+        {
+            **run_items("adapt", config, started, device),
+            "resumed": resumed,
+            "method": describe(objects.method),
+            "guard": describe(objects.guard),
+            **adaptation.items(),
+            **model_items(model),
+        }
+    )
+
+
+def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
+    """Run every choice of the grid; models that several share are quantized once."""
+    started = time.monotonic()
+
+    def run_one(overlaid: Namespace, chosen: RunFolder) -> None:
+        parts = [overlaid.model, overlaid.data, overlaid.init, overlaid.seed_everything]
+        name = sha256(str(parts).encode()).hexdigest()[:12]
+        adapt(parser, overlaid, chosen, folder.path / "models" / f"{name}.ckpt")
+
+    rows: list[dict[str, Any]] = []
+    for rows in run_grid(parser, config, folder, run_one):  # noqa: B007
+        console.print(grid_table("Comparison", rows, list(config.grid), COLUMNS))
+    first = {key: rows[0][key] for key in ("device", "torch_version")}
+    table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
+    items = run_items("adapt", config, started, first["device"])
+    folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
+
+
+def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:
+    """The stream over the evaluation images of a recipe."""
+    images = settings.images or Generated(data.evaluation_source(), settings.style, seed)
+    return Stream(
+        images,
+        settings.protocol,
+        expected_by(model),
+        settings.batch_size,
+        seed,
+        settings.num_images,
+    )
+
+
+def config_of(parser: LightningArgumentParser, config: Namespace) -> str:
+    """The settings of the stream and of its images, as text."""
+    settings = Namespace({"stream": config.stream, "seed": config.seed_everything})
+    return str(settings.as_dict())
+
+
+def _model(
+    parser: LightningArgumentParser, config: Namespace, data: VisionData, path: Path
+) -> nn.Module:
+    """The model that adapts: the one kept at `path`, of a checkpoint, or made by the recipe."""
+    if not path.exists():
+        if config.ckpt_path in (None, "last"):
+            module = make_module(parser, config)
+            model = module.model
+            data.attach(expected_by(model), num_classes_of(model))
+            if config.model.plan is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with RunJournal(path.parent, console) as journal:
+                    module.initialise(model, data.calibration_batches(), journal)
+                journal.clear()
+        else:
+            model = files.load(config.ckpt_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save(model, path)
+    model = files.load(path)
+    data.attach(expected_by(model), num_classes_of(model))
+    return model
+
+
+def _resume(adaptation: Adaptation) -> None:
+    """Continue where a state was saved; a run that was stopped before its first save starts anew."""
+    store = adaptation.store
+    if not any((store.folder / slot).exists() for slot in SLOTS):
+        return
+    for problem in adaptation.resume():
+        console.print(f"a saved state is left aside: {problem}", highlight=False)
+
+
+def corruption_table(items: dict[str, Any]) -> Table:
+    """What one run measured under each corruption."""
+    keys = ("error_source", "error", "error_class_mean", "ece_source", "ece")
+    table = Table("corruption", "images", "refused", *keys, title="Error", title_justify="left")
+    for row in items["table"]:
+        cells = [f"{row[key]:.4f}" for key in keys]
+        table.add_row(row["corruption"], str(row["n_images"]), str(row["n_refused"]), *cells)
+    return table
+
+
+def summary_table(items: dict[str, Any]) -> Table:
+    """What one run measured in all."""
+    table = Table("", "value", title="Adaptation", title_justify="left")
+    rows = {
+        "mean error, without adaptation": ("error_source_mean", "{:.4f}"),
+        "mean error": ("error_mean", "{:.4f}"),
+        "worst error": ("error_worst", "{:.4f}"),
+        "largest loss against no adaptation": ("loss_worst", "{:+.4f}"),
+        "batches adapted": ("n_adapted", "{:,}"),
+        "batches rolled back": ("n_rolled_back", "{:,}"),
+        "resets": ("n_reset", "{:,}"),
+        "images refused": ("n_refused", "{:,}"),
+        "images sent backward": ("n_backward", "{:,}"),
+        "seconds, over those without adaptation": ("seconds_ratio", "{:.2f}"),
+        "bytes of state": ("state_bytes", "{:,}"),
+    }
+    for label, (key, form) in rows.items():
+        table.add_row(label, form.format(items[key]))
+    return table

@@ -1,0 +1,119 @@
+"""Scores of an adapting model and of the original over a stream, domain by domain."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from qat.data.protocols import CLEAN
+
+BINS = 15
+"""Bins of confidence in the expected calibration error."""
+
+
+class Scores:
+    """Counts of images, errors and confidences; all of it is tensors, so that a run can resume.
+
+    Images that were refused are counted as given, and left out of every rate, of both models.
+
+    Args:
+        domains: Names of the domains.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, domains: list[str], num_classes: int) -> None:
+        self.domains = domains
+        size = len(domains)
+        self.tensors = {
+            "given": torch.zeros(size, dtype=torch.int64),
+            "images": torch.zeros(size, num_classes, dtype=torch.int64),
+        }
+        for who in ("adapted", "source"):
+            self.tensors[f"{who}.errors"] = torch.zeros(size, num_classes, dtype=torch.int64)
+            for what in ("confidence", "correct", "count"):
+                bins = torch.zeros(size, BINS, dtype=torch.float64)
+                self.tensors[f"{who}.{what}"] = bins
+
+    def add(
+        self,
+        logits: Float[Tensor, "n c"],
+        source: Float[Tensor, "n c"],
+        labels: Int64[Tensor, " n"],
+        domains: tuple[str, ...],
+    ) -> tuple[float, float]:
+        """Count a batch; rows of NaN in `logits` were refused.
+
+        Returns:
+            Errors of the adapted model and of the original, as shares of the answered images.
+        """
+        places = torch.tensor([self.domains.index(name) for name in domains])
+        self.tensors["given"] += torch.bincount(places, minlength=len(self.domains))
+        valid = logits.isfinite().all(1)
+        places, labels = places[valid], labels[valid]
+        _count(self.tensors["images"], (places, labels), torch.ones_like(labels))
+        shares = []
+        for who, answers in (("adapted", logits), ("source", source)):
+            confidence, classes = answers[valid].softmax(1).max(1)
+            wrong = classes != labels
+            _count(self.tensors[f"{who}.errors"], (places, labels), wrong.long())
+            bins = (places, (confidence * BINS).long().clamp(max=BINS - 1))
+            _count(self.tensors[f"{who}.confidence"], bins, confidence.double())
+            _count(self.tensors[f"{who}.correct"], bins, (~wrong).double())
+            _count(self.tensors[f"{who}.count"], bins, torch.ones_like(confidence).double())
+            shares.append(float(wrong.float().mean()) if len(wrong) else 0.0)
+        return shares[0], shares[1]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each domain."""
+        rows = []
+        for place, name in enumerate(self.domains):
+            given = int(self.tensors["given"][place])
+            answered = int(self.tensors["images"][place].sum())
+            row = {"corruption": name, "n_images": given, "n_refused": given - answered}
+            for who, suffix in (("adapted", ""), ("source", "_source")):
+                errors = self.tensors[f"{who}.errors"][place]
+                seen = self.tensors["images"][place]
+                present = seen > 0
+                row[f"error{suffix}"] = int(errors.sum()) / max(answered, 1)
+                classes = (errors[present] / seen[present]).mean() if present.any() else 0.0
+                row[f"error_class_mean{suffix}"] = float(classes)
+                row[f"ece{suffix}"] = self._calibration_error(who, place)
+            rows.append(row)
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the corruptions, each with the same weight, and the worst of them."""
+        table = self.table()
+        corrupted = [row for row in table if row["corruption"] != CLEAN] or table
+
+        def average(key: str) -> float:
+            return sum(row[key] for row in corrupted) / len(corrupted)
+
+        worst = max(corrupted, key=lambda row: row["error"])
+        losses = {row["corruption"]: row["error"] - row["error_source"] for row in table}
+        hurt = max(losses, key=lambda name: losses[name])
+        return {
+            "error_mean": average("error"),
+            "error_worst": worst["error"],
+            "worst_corruption": worst["corruption"],
+            "error_source_mean": average("error_source"),
+            "error_class_mean": average("error_class_mean"),
+            "ece_mean": average("ece"),
+            "ece_source_mean": average("ece_source"),
+            "loss_worst": losses[hurt],
+            "loss_worst_corruption": hurt,
+            "n_images": sum(row["n_images"] for row in table),
+            "n_refused": sum(row["n_refused"] for row in table),
+            "table": table,
+        }
+
+    def _calibration_error(self, who: str, place: int) -> float:
+        confidence, correct, count = (
+            self.tensors[f"{who}.{what}"][place] for what in ("confidence", "correct", "count")
+        )
+        return float((confidence - correct).abs().sum() / count.sum().clamp(min=1))
+
+
+def _count(into: Tensor, places: tuple[Tensor, Tensor], values: Tensor) -> None:
+    into.index_put_(places, values, accumulate=True)

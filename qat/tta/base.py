@@ -1,0 +1,278 @@
+"""Methods of test-time adaptation, and the adapter that runs one on a stream.
+
+A *method* is a frozen value: which parameters it adapts, how its state starts, and how one step
+makes a new state from an old one. It keeps nothing itself. An *adapter* runs a method on a model: it
+holds the state, refuses bad rows, and makes every step a transaction. Because a step never changes
+the state that it is given, rolling back means not taking the new one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered
+from qat.tta.guard import Guard
+from qat.tta.overlay import Overlay
+from qat.tta.parts import part, with_part
+
+
+class Method(ABC):
+    """A method of adaptation; subclasses are frozen dataclasses of its settings."""
+
+    adapts: ClassVar[bool] = True
+    """Whether steps can change the state; False for methods without one."""
+
+    def parameters(self, model: nn.Module) -> list[str]:
+        """Names of the model's parameters that are adapted."""
+        return []
+
+    @abstractmethod
+    def start(self, on: Overlay, calibration: Iterable[Tensor]) -> State:
+        """The state before the first batch.
+
+        Args:
+            on: The model under the adapted parameters.
+            calibration: Batches of clean images, without labels, from where the model comes from.
+
+        Raises:
+            ValueError: If the model or the images do not suit the method.
+        """
+
+    @abstractmethod
+    def step(self, on: Overlay, state: State, images: Tensor, generator: torch.Generator) -> Step:
+        """Answer a batch and adapt to it.
+
+        Args:
+            on: The model under the adapted parameters.
+            state: The present state; it must not be changed in place.
+            images: (N, channels, height, width), finite.
+            generator: Random numbers, seeded by the adapter's seed and the batch's number.
+
+        Raises:
+            FloatingPointError: If a loss or a gradient is not finite.
+        """
+
+    @abstractmethod
+    def predict(self, on: Overlay, state: State, images: Tensor) -> Float[Tensor, "n c"]:
+        """Answer a batch by a state, without adapting."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an adapter has done since it was made; a reset does not clear it.
+
+    Attributes:
+        position: Batches answered.
+        images: Images given.
+        refused: Images refused.
+        adapted: Batches with a step.
+        skipped: Batches with nothing worth a step.
+        rolled_back: Batches whose step failed.
+        reset: Returns to the start, by the guard or by the method.
+        selected: Images whose loss entered a step.
+        forward: Images sent forward, each time counted.
+        backward: Images sent backward, each time counted.
+    """
+
+    position: int = 0
+    images: int = 0
+    refused: int = 0
+    adapted: int = 0
+    skipped: int = 0
+    rolled_back: int = 0
+    reset: int = 0
+    selected: int = 0
+    forward: int = 0
+    backward: int = 0
+
+    def plus(self, answer: Answer) -> "Counts":
+        """The counts after an answer."""
+        added = {
+            "position": 1,
+            "images": len(answer.refusals),
+            "refused": sum(reason is not None for reason in answer.refusals),
+            "selected": answer.num_selected,
+            "forward": answer.num_forward,
+            "backward": answer.num_backward,
+            answer.outcome.name.lower(): 1,
+        }
+        added.pop("kept", None)
+        return replace(self, **{key: getattr(self, key) + n for key, n in added.items()})
+
+
+@final
+class Adapter:
+    """A model that adapts to one stream; several may share the model.
+
+    Args:
+        model: A model from `qat.timm_model`, float or quantized; it is frozen and not changed.
+        method: How it adapts.
+        calibration: Batches of clean images without labels; some methods need them.
+        guard: Watches the method, see `qat.tta.guard`; None leaves it alone.
+        seed: Seeds what the method draws.
+
+    Raises:
+        ValueError: If the method has nothing to adapt in this model, or lacks images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        calibration: Iterable[Tensor] = (),
+        *,
+        guard: Guard | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method, self.guard, self.seed = method, guard, seed
+        self.intake = Intake.of(expected_by(model))
+        self.on = Overlay(model, method.parameters(model))
+        self.own = self.on.flat()
+        state = with_part({}, "method", method.start(self.on, list(calibration)))
+        if guard is not None:
+            state = with_part(state, "guard", guard.start(num_classes_of(model)))
+        self.initial: State = state
+        self._now: tuple[State, Counts] = (state, Counts())
+
+    @property
+    def state(self) -> State:
+        """The present state."""
+        return self._now[0]
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self._now[1]
+
+    def adapt(self, images: Tensor) -> Answer:
+        """Answer a batch of images and adapt to it.
+
+        Args:
+            images: (N, channels, height, width), preprocessed for the model.
+
+        Raises:
+            Refused: If it is no batch of images for the model; nothing has changed then.
+        """
+        images = self.intake.admit(images, self.on.like)
+        refusals = self.intake.refusals(images)
+        kept = torch.tensor([reason is None for reason in refusals], device=images.device)
+        if kept.any():
+            rows = images if kept.all() else images[kept]
+            answer, state = self._answer(rows)
+            reasons = iter(answer.refusals)
+            refusals = tuple(next(reasons) if why is None else why for why in refusals)
+            answer = replace(answer, logits=scattered(answer.logits, kept), refusals=refusals)
+        else:
+            nothing = images.new_full((len(images), num_classes_of(self.on.model)), torch.nan)
+            answer = Answer(nothing, refusals, Outcome.SKIPPED, "every image was refused")
+            state = self.state
+        self._now = (state, self.counts.plus(answer))
+        return answer
+
+    def source(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c"]:
+        """Logits of the model as it was before any adaptation."""
+        with torch.no_grad():
+            return self.on(self.own, images)
+
+    def reset(self) -> None:
+        """Return to the state of the start; counts go on."""
+        self._now = (self.initial, self.counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the counts, to be saved as one."""
+        return {"state": dict(self.state), "counts": asdict(self.counts)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: If it is of another method, or holds values that are not finite; nothing
+                has changed then.
+        """
+        state, counts = saved["state"], saved["counts"]
+        expected = {name: (value.shape, value.dtype) for name, value in self.initial.items()}
+        found = {name: (value.shape, value.dtype) for name, value in state.items()}
+        for name in expected | found:
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"the saved state has '{name}' as {found.get(name)}, the method expects "
+                    f"{expected.get(name)}; continue with the method and model that saved it"
+                )
+        if (name := first_not_finite(state)) is not None:
+            raise ValueError(f"the saved state has values in '{name}' that are not finite")
+        if counts.keys() != {field.name for field in fields(Counts)}:
+            raise ValueError(f"the saved counts are {sorted(counts)}; another version wrote them")
+        device = self.on.like.device
+        state = {name: value.to(device) for name, value in state.items()}
+        self._now = (state, Counts(**counts))
+
+    def _answer(self, images: Tensor) -> tuple[Answer, State]:
+        """The answer to rows that were taken in, and the state to go on with."""
+        step, outcome, reason = self._attempt(images)
+        logits, forward = step.logits, step.num_forward
+        state = self.initial if outcome is Outcome.RESET else with_part(self.state, "method", step.state)
+        if self.guard is not None or not logits.isfinite().all():
+            source = self.source(images)
+            forward += len(images)
+            collapse, guarded = "", {}
+            if not logits[source.isfinite().all(1)].isfinite().all():
+                collapse = "the adapted model gives no finite answer where the original does"
+            elif self.guard is not None:
+                valid = logits.isfinite().all(1)
+                verdict = self.guard.judge(part(state, "guard"), source[valid], logits[valid])
+                collapse, guarded = verdict.collapse, verdict.state
+                logits = logits.masked_scatter(valid[:, None], verdict.logits)
+            if collapse:
+                logits, state, outcome, reason = source, self.initial, Outcome.RESET, collapse
+            elif guarded:
+                state = with_part(state, "guard", guarded)
+        valid = logits.isfinite().all(1)
+        refusals = tuple(None if ok else "unanswerable" for ok in valid.tolist())
+        logits = logits.masked_fill(~valid[:, None], torch.nan)
+        answer = Answer(
+            logits, refusals, outcome, reason, step.num_selected, forward, step.num_backward
+        )
+        return answer, state
+
+    def _attempt(self, images: Tensor) -> tuple[Step, Outcome, str]:
+        """One step; where it fails in any way, an answer by the state before it."""
+        before = part(self.state, "method")
+        key = np.random.SeedSequence((self.seed, self.counts.position)).generate_state(1)[0]
+        generator = torch.Generator(images.device).manual_seed(int(key))
+        try:
+            step = self.method.step(self.on, before, images, generator)
+            failure = first_not_finite({"logits": step.logits, **changed(before, step.state)})
+        except Exception as error:  # whatever fails in a step, the stream must go on
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            if failure is None:
+                if step.reset:
+                    return step, Outcome.RESET, step.reset
+                idle = Outcome.SKIPPED if self.method.adapts else Outcome.KEPT
+                return step, Outcome.ADAPTED if step.num_selected else idle, ""
+            failure = f"'{failure}' is not finite"
+        with torch.no_grad():
+            logits = self.method.predict(self.on, before, images)
+        return Step(logits, before, num_forward=len(images)), Outcome.ROLLED_BACK, failure
+
+
+def changed(before: State, after: State) -> State:
+    """The tensors of a state that are not those of another."""
+    return {name: value for name, value in after.items() if value is not before.get(name)}
+
+
+def first_not_finite(tensors: State) -> str | None:
+    """Name of the first tensor with a value that is NaN or infinite."""
+    names = [name for name, value in tensors.items() if value.is_floating_point()]
+    finite = [tensors[name].isfinite().all() for name in names]
+    if finite and not torch.stack(finite).all():
+        return next(name for name, ok in zip(names, finite, strict=True) if not ok)
+    return None

@@ -1,0 +1,144 @@
+"""Where the state of a stream survives a crash: two generations, checked byte by byte.
+
+A generation is one file: a line with the format and the SHA-256 of all that follows, a line of JSON
+(the manifest: which model, which method, counts, SHA-256 of every tensor), then the tensors in the
+safetensors format. Nothing in it is executed. A save writes a temporary file, syncs it, and puts it
+in the place of the *older* generation, so at every moment one whole generation is on the disk.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from qat.checkpoint import digest
+
+FORMAT = "lowbit-vit-stream/1"
+SLOTS = ("state-0.stream", "state-1.stream")
+
+
+class Store:
+    """Two generations of saved states in a folder.
+
+    Args:
+        folder: The folder; made when something is saved.
+        identity: Plain data that says what the state belongs to; a state of another is refused.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.identity = json.loads(json.dumps(identity))
+        self.generation = 0
+
+    def save(self, tensors: Mapping[str, Tensor], items: Mapping[str, Any]) -> None:
+        """Save a state; when this returns it is on the disk.
+
+        Args:
+            tensors: Its tensors.
+            items: Its plain data.
+
+        Raises:
+            OSError: If the disk fails; the generation saved last is whole all the same.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        generation = self.generation + 1
+        target = self.folder / SLOTS[generation % 2]
+        part = target.with_suffix(".part")
+        content = pack(tensors, {**self._header(generation), "items": items})
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+        _sync_folder(self.folder)
+        self.generation = generation
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+        """The newest whole generation.
+
+        Returns:
+            Its tensors, its plain data, and why a newer generation, if there is one, is not it.
+
+        Raises:
+            ValueError: If there is none, saying what is wrong with each.
+        """
+        found: list[tuple[int, dict[str, Tensor], dict[str, Any]]] = []
+        problems: list[str] = []
+        for path in (self.folder / slot for slot in SLOTS):
+            if not path.exists():
+                continue
+            try:
+                tensors, manifest = unpack(path.read_bytes())
+                self._require_same(manifest["identity"])
+                found.append((manifest["generation"], tensors, manifest["items"]))
+            except (ValueError, OSError) as error:
+                problems.append(f"{path.name}: {error}")
+        if not found:
+            raise ValueError(
+                f"no saved state in '{self.folder}' to continue from"
+                + (f" ({'; '.join(problems)})" if problems else "")
+            )
+        self.generation, tensors, items = max(found, key=lambda each: each[0])
+        return tensors, items, problems
+
+    def _header(self, generation: int) -> dict[str, Any]:
+        return {"generation": generation, "identity": self.identity}
+
+    def _require_same(self, identity: dict[str, Any]) -> None:
+        for key in sorted(self.identity.keys() | identity.keys()):
+            theirs, ours = identity.get(key), self.identity.get(key)
+            if theirs != ours:
+                raise ValueError(
+                    f"it belongs to another {key}: {_short(theirs)} there, {_short(ours)} here"
+                )
+
+
+def pack(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of a generation."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    hashes = {name: digest({name: value}) for name, value in tensors.items()}
+    line = json.dumps({**manifest, "sha256": hashes}, sort_keys=True).encode()
+    body = line + b"\n" + save(tensors)
+    return f"{FORMAT} {hashlib.sha256(body).hexdigest()}\n".encode() + body
+
+
+def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and manifest of a generation.
+
+    Raises:
+        ValueError: If a byte of it is not as it was written.
+    """
+    seal, _, body = content.partition(b"\n")
+    expected = f"{FORMAT} {hashlib.sha256(body).hexdigest()}".encode()
+    if not seal.startswith(f"{FORMAT} ".encode()):
+        raise ValueError(f"it is no {FORMAT} file, it begins with {seal[:24]!r}")
+    if seal != expected:
+        raise ValueError("it is damaged: its bytes do not match their hash")
+    line, _, rest = body.partition(b"\n")
+    try:
+        manifest = json.loads(line)
+        tensors = load(rest)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"it is damaged: {error}") from None
+    for name in tensors.keys() | manifest["sha256"].keys():
+        if name not in tensors or digest({name: tensors[name]}) != manifest["sha256"].get(name):
+            raise ValueError(f"it is damaged: tensor '{name}' does not match its hash")
+    return tensors, manifest
+
+
+def _short(value: Any) -> str:
+    return str(value)[:60]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
