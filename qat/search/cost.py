@@ -178,6 +178,7 @@ def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
             codes = quantizer.codes(weight)
             num_scales = codes.scale.numel()
             num_scales += 0 if codes.zero_point is None else codes.zero_point.numel()
+            num_scales += quantizer.num_extra_scales
         bits = (_bits(getattr(module, "input_quantizer", None)), _bits(quantizer))
         macs = output.numel() * weight[0].numel()
         kind = type(module).__name__
