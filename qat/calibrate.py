@@ -14,7 +14,7 @@ from qat.layers import quantized_weights
 from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
 
 Batch = Tensor | tuple[Tensor, ...]
-"""What a model is called with: images, or several inputs such as noisy images, times and classes."""
+"""What a model is called with: images, or several inputs, such as noisy images, times, classes."""
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 

@@ -84,7 +84,8 @@ def sylvester(size: int) -> Float[Tensor, "size size"]:
 def signs_of_paley(size: int) -> Float[Tensor, "size size"]:
     """Paley's matrix of +1 and -1, of size q + 1 or 2 (q + 1) for a prime q.
 
-    The first for q = 3 mod 4, the second for q = 1 mod 4. With Q the Jacobsthal matrix, the quadratic characters of differences mod q.
+    The first for q = 3 mod 4, the second for q = 1 mod 4; made of the Jacobsthal matrix, the
+    quadratic characters of differences mod q.
     """
     if size == 1:
         return torch.ones(1, 1)

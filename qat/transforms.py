@@ -76,8 +76,9 @@ class Hadamard(nn.Module):
 
     @property
     def macs_per_feature(self) -> int:
-        """Multiply-accumulates for each feature of a token."""
-        return len(self.left) + len(self.right)
+        """Operations for each feature of a token: additions of a fast transform, counted as MACs."""
+        small = len(self.left)
+        return (small if small > 1 else 0) + len(self.right).bit_length() - 1
 
 
 class Dual(nn.Module):

@@ -69,8 +69,8 @@ def fold_mnist(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
         (w n + v)(1 + g) + b = n (1 + [w (1 + g) - 1]) + [v (1 + g) + b]
 
-    is again a modulation of n, linear in the condition. Attention logits are divided by 7 where timm
-    divides by 8, so that queries grow by 8 / 7.
+    is again a modulation of n, linear in the condition. Attention logits are divided by 7 where
+    timm divides by 8, so that queries grow by 8 / 7.
     """
     wide = {key: value.double() for key, value in state.items()}
     patch, conv = wide["patchEmb.weight"], wide["conv.weight"]

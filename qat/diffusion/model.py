@@ -1,7 +1,8 @@
 """A diffusion transformer (DiT) for small images, of timm's attention and MLP.
 
-Peebles and Xie, ICCV 2023, https://arxiv.org/abs/2212.09748. With c the sum of the embeddings of time
-and class, each block computes, gates a and modulations (g, b) linear in c and zero at first (adaLN-zero),
+Peebles and Xie, ICCV 2023, https://arxiv.org/abs/2212.09748. With c the sum of the embeddings of
+time and class, and with gates a and modulations g, b that are linear in c and zero at first
+(adaLN-zero), each block computes
 
     h <- h + a1 attention(norm(h) (1 + g1) + b1)
     h <- h + a2 mlp(norm(h) (1 + g2) + b2)

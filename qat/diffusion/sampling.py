@@ -15,7 +15,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 def guided(model: nn.Module, labels: Int[Tensor, " batch"], guidance: float = 1.0) -> Predict:
     """Noise prediction for given classes, with classifier-free guidance.
 
-    Ho and Salimans, https://arxiv.org/abs/2207.12598: `eps(none) + guidance (eps(class) - eps(none))`.
+    Ho and Salimans, https://arxiv.org/abs/2207.12598:
+    `eps(none) + guidance (eps(class) - eps(none))`.
 
     Args:
         model: A `DiT`.

@@ -124,6 +124,20 @@ class VisionData(LightningDataModule):
                 images.append(varied[copy // len(draw), draw[copy % len(draw)]][0])
         return list(torch.stack(images).split(min(self.batch_size, 32)))
 
+    def calibration_labels(self) -> Tensor:
+        """Classes of the calibration images, without copies, in their order."""
+        source = self._train_source() if self.calibrate_on == "train" else self.val
+        return torch.tensor([int(source.labels[i]) for i in self._calibration_draw(source)])
+
+    def evaluation_images(self, count: int | None) -> tuple[Tensor, Tensor]:
+        """The first preprocessed evaluation images, all of them for None, and their classes."""
+        source = self.evaluation_source()
+        exact = Samples(
+            source, self._eval_transform(self._preprocessing()), self.seed, self._mode()
+        )
+        pairs = [exact[i] for i in range(min(count or len(source), len(source)))]
+        return torch.stack([image for image, _ in pairs]), torch.tensor([y for _, y in pairs])
+
     def _calibration_draw(self, source: Source) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed)
         draw = torch.randperm(len(source), generator=generator)[: self.num_calibration]
