@@ -23,11 +23,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ptq_init.repq_vit import calibrate_channels, reparametrize_norms
-from qat.calibrate import finite, untouched_on_error
+from qat.calibrate import joined, untouched_on_error
 from qat.journal import Journal
 from qat.quantizers import PercentileMSE, Phase, quantizers
 from qat.reconstruct import Reconstruction
@@ -55,7 +54,7 @@ class DopQCalibration:
         self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
     ) -> None:
         """Initialise a converted model; all batches count as one."""
-        images = torch.cat(list(finite(batches)))
+        images = joined(batches)
         observer = partial(PercentileMSE, per_token=self.per_token)
         with untouched_on_error(model):
             calibrate_channels(model, images, observer)
@@ -89,7 +88,7 @@ class DopQViT:
         self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
     ) -> None:
         """Initialise a converted model; quantizers on the first images, training on all."""
-        images = torch.cat(list(finite(batches)))
+        images = joined(batches)
         first = images[: self.num_init]
         observer = partial(PercentileMSE, per_token=self.per_token)
         original = copy.deepcopy(model)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq_init.repq_vit import calibrate_channels, reparametrize_norms, rounded_mean_grid
-from qat.calibrate import finite, untouched_on_error
+from qat.calibrate import joined, untouched_on_error
 from qat.journal import Journal
 from qat.quantizers import PercentileMSE
 from qat.reconstruct import Reconstruction
@@ -117,7 +117,7 @@ class MGRQ:
         self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
     ) -> None:
         """Initialise a converted model; quantizers on the first images, training on all."""
-        images = torch.cat(list(finite(batches)))
+        images = joined(batches)
         first = images[: self.num_init]
         observer = partial(PercentileMSE, per_token=self.per_token)
         original = copy.deepcopy(model)

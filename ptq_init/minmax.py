@@ -8,10 +8,9 @@ log form, choose their own scale.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qat.calibrate import calibrate_in_order, finite, observed_by, untouched_on_error
+from qat.calibrate import Batch, calibrate_in_order, joined, observed_by, untouched_on_error
 from qat.journal import Journal
 from qat.quantizers import MinMax, ObserverFactory, Phase, set_phase
 
@@ -21,21 +20,21 @@ class MinMaxRange:
     """The initialiser."""
 
     def __call__(
-        self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
+        self, model: nn.Module, batches: Iterable[Batch], journal: Journal | None = None
     ) -> None:
         """Calibrate a converted model; all batches count as one."""
         calibrate_by(model, batches, MinMax)
 
 
 def calibrate_by(
-    model: nn.Module, batches: Iterable[Tensor], make_observer: ObserverFactory
+    model: nn.Module, batches: Iterable[Batch], make_observer: ObserverFactory
 ) -> None:
     """Calibrate every quantizer of a converted model anew, in order, by one kind of observer.
 
     Raises:
         ValueError: If there is no batch, or one is not finite; the model is then unchanged.
     """
-    images = torch.cat(list(finite(batches)))
+    batch = joined(batches)
     with untouched_on_error(model), observed_by(model, make_observer):
         set_phase(model, Phase.FLOAT)
-        calibrate_in_order(model, images)
+        calibrate_in_order(model, batch)

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from ptq_init.minmax import calibrate_by
+from qat.calibrate import Batch
 from qat.journal import Journal
 from qat.quantizers import PercentileMSE
 
@@ -26,7 +27,7 @@ class PercentileMSERange:
     per_token: bool = False
 
     def __call__(
-        self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
+        self, model: nn.Module, batches: Iterable[Batch], journal: Journal | None = None
     ) -> None:
         """Calibrate a converted model; all batches count as one."""
         calibrate_by(model, batches, partial(PercentileMSE, per_token=self.per_token))

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate_in_order, finite, observed_by, untouched_on_error
+from qat.calibrate import calibrate_in_order, joined, observed_by, untouched_on_error
 from qat.journal import Journal
 from qat.layers import QuantLinear
 from qat.quantizers import (
@@ -105,7 +105,7 @@ class RepQViT:
             ValueError: If the images are not finite, or the model has no LayerNorm whose output
                 can be reparametrized.
         """
-        images = torch.cat(list(finite(batches)))
+        images = joined(batches)
         observer = partial(PercentileMSE, per_token=self.per_token)
         with untouched_on_error(model):
             calibrate_channels(model, images, observer)

@@ -3,16 +3,19 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.journal import Journal
 from qat.layers import quantized_weights
 from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
+
+Batch = Tensor | tuple[Tensor, ...]
+"""What a model is called with: images, or several inputs, such as noisy images, times, classes."""
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 class Initialiser(Protocol):
@@ -22,9 +25,9 @@ class Initialiser(Protocol):
     """
 
     def __call__(
-        self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
+        self, model: nn.Module, batches: Iterable[Batch], journal: Journal | None = None
     ) -> None:
-        """Initialise a converted model on batches of preprocessed images.
+        """Initialise a converted model on batches of preprocessed images, or of other inputs.
 
         The journal hears of the progress of initialisers that take minutes.
         """
@@ -65,7 +68,7 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Float[Tensor, "batch c h w"]],
+    batches: Iterable[Batch],
     journal: Journal | None = None,
 ) -> None:
     """Calibrate every quantizer by its own observer. The plain `Initialiser`.
@@ -75,7 +78,7 @@ def calibrate(
 
     Args:
         model: A converted model.
-        batches: Preprocessed images.
+        batches: Preprocessed images, or tuples of a model's inputs.
         journal: Not used: this takes seconds.
 
     Raises:
@@ -86,34 +89,51 @@ def calibrate(
     model.eval()
     try:
         with observing(model), torch.no_grad():
-            for images in finite(batches):
-                model(images)
+            for batch in finite(batches):
+                run(model, batch)
     finally:
         for module, mode in modes.items():
             module.training = mode
     _broadcast(model)
 
 
-def finite(batches: Iterable[Float[Tensor, "batch c h w"]]) -> Iterator[Tensor]:
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model makes of a batch."""
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def finite(batches: Iterable[AnyBatch]) -> Iterator[AnyBatch]:
     """The batches, each checked.
 
     Raises:
         ValueError: If there is none, or one holds pixels that are NaN or infinite.
     """
     num_batches = 0
-    for images in batches:
-        if not torch.isfinite(images).all():
+    for batch in batches:
+        if not all(torch.isfinite(part).all() for part in _parts(batch)):
             raise ValueError(
                 f"calibration batch {num_batches} holds NaN or infinite pixels; "
                 "remove the broken image and calibrate again, the model is unchanged"
             )
-        yield images
+        yield batch
         num_batches += 1
     if not num_batches:
         raise ValueError("calibration needs at least one batch of images, got none")
 
 
-def calibrate_in_order(model: nn.Module, images: Float[Tensor, "batch c h w"]) -> None:
+def joined(batches: Iterable[AnyBatch]) -> AnyBatch:
+    """All batches as one, each checked."""
+    found = list(finite(batches))
+    if isinstance(found[0], tuple):
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+    return torch.cat(found)  # type: ignore[arg-type, return-value]
+
+
+def _parts(batch: Batch) -> tuple[Tensor, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def calibrate_in_order(model: nn.Module, batch: Batch) -> None:
     """Calibrate the quantizers still in FLOAT one after another, in a single forward pass.
 
     Each is frozen as soon as it has seen its operand, so that those after it observe what an
@@ -121,7 +141,7 @@ def calibrate_in_order(model: nn.Module, images: Float[Tensor, "batch c h w"]) -
 
     Args:
         model: A converted model.
-        images: One batch of preprocessed images.
+        batch: One batch of preprocessed images, or of other inputs.
 
     Raises:
         RuntimeError: If a quantizer saw no data.
@@ -135,7 +155,7 @@ def calibrate_in_order(model: nn.Module, images: Float[Tensor, "batch c h w"]) -
     handles = [q.register_forward_pre_hook(partial(_freeze_on_sight, waiting)) for q in waiting]
     try:
         with torch.no_grad():
-            model(images)
+            run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

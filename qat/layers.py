@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.quantizers import Phase, Quantizer
+from qat.transforms import Transforms
 
 
 def through(quantizer: nn.Module | None, x: Tensor) -> Tensor:
@@ -41,16 +42,34 @@ class QuantLinear(nn.Module):
         self.bias = linear.bias
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        self.input_transform: Transforms | None = None
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Product of the quantized operands plus the float bias."""
         weight = through(self.weight_quantizer, self.weight)
+        x = through(self.input_transform, x)
         return F.linear(through(self.input_quantizer, x), weight, self.bias)
 
+    @torch.no_grad()
+    def transform_(self, transform: Transforms) -> None:
+        """Transform the input before it is quantized, and undo that in the weight.
+
+        Raises:
+            ValueError: If the layer has a transform already.
+        """
+        if self.input_transform is not None:
+            raise ValueError(
+                "the input is transformed already; initialise a freshly converted model"
+            )
+        self.weight.copy_(transform.fold(self.weight))
+        self.input_transform = transform
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Make room for a bias that an initialiser gave to a layer without one."""
+        """Make room for what an initialiser gave to the layer: a bias, transforms of the input."""
         if self.bias is None and f"{prefix}bias" in state_dict:
             self.bias = nn.Parameter(torch.zeros_like(self.weight[:, 0]))
+        if self.input_transform is None:
+            self.input_transform = Transforms.like(state_dict, f"{prefix}input_transform.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

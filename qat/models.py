@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import get_pretrained_cfg, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from qat.plan import nearest
-from qat.preprocessing import of_model
+from qat.preprocessing import expected_by, of_model
 
 
 def timm_model(
@@ -106,6 +107,13 @@ def _weights_overlay(name: str, weights: str) -> dict[str, Any]:
         )
     # Older timm would read the file of a model with custom weights in that custom format.
     return {"file": weights, "custom_load": False, "num_classes": head.shape[0]}
+
+
+def example_inputs(model: nn.Module, device: str = "cpu") -> tuple[Tensor, ...]:
+    """Inputs of one image for a model of ours: its own, or an image of zeros."""
+    if hasattr(model, "example_inputs"):
+        return model.example_inputs(device)  # type: ignore[operator]
+    return (torch.zeros(1, *expected_by(model).input_size, device=device),)
 
 
 def num_classes_of(model: nn.Module) -> int:

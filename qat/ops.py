@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd import Function
 
@@ -164,6 +164,33 @@ def table_quantize(
         grad_factor: Multiplies the gradient of the scale.
     """
     return _TableQuantize.apply(x, scale, codes, levels, grad_factor)  # type: ignore[return-value]
+
+
+class _StraightThrough(Function):
+    """Another value forward; the gradient of `x` where `inside`, zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+def straight_through(
+    x: Float[Tensor, "*shape"], out: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """The values `out` with the gradient of `x`, which is cut where not `inside`.
+
+    Args:
+        x: Real values, what `out` was computed from.
+        out: Their values on a grid.
+        inside: Where the gradient passes.
+    """
+    return _StraightThrough.apply(x, out, inside)  # type: ignore[return-value]
 
 
 def code_dtype(qmin: int, qmax: int) -> torch.dtype:

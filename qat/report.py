@@ -7,7 +7,7 @@ from rich.table import Table
 from torch import nn
 
 from qat.search.conventions import CLAIMS, Count, matches, ops_counts, plain_ops, size_counts
-from qat.search.cost import Cost, Site
+from qat.search.cost import TRANSFORM, Cost, Site
 
 
 def coverage_table(cost: Cost) -> Table:
@@ -46,7 +46,9 @@ def kept_in_float(model: nn.Module, cost: Cost) -> dict[str, str]:
         if site.low_bit:
             continue
         owner = site.name.removesuffix(".qk").removesuffix(".av")
-        if conversion is None:
+        if site.kind == TRANSFORM:
+            reasons[site.name] = "it prepares an input that is then quantized"
+        elif conversion is None:
             reasons[site.name] = "the model is not converted"
         elif owner in conversion.kept:
             reasons[site.name] = conversion.kept[owner]

@@ -131,6 +131,15 @@ class VisionData(LightningDataModule):
         copies = [draw[copy % len(draw)] for copy in range(self.num_augmented)]
         return torch.tensor([int(source.labels[index]) for index in [*draw, *copies]])
 
+    def evaluation_images(self, count: int | None) -> tuple[Tensor, Tensor]:
+        """The first preprocessed evaluation images, all of them for None, and their classes."""
+        source = self.evaluation_source()
+        exact = Samples(
+            source, self._eval_transform(self._preprocessing()), self.seed, self._mode()
+        )
+        pairs = [exact[i] for i in range(min(count or len(source), len(source)))]
+        return torch.stack([image for image, _ in pairs]), torch.tensor([y for _, y in pairs])
+
     def _calibration_draw(self, source: Source) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed)
         draw = torch.randperm(len(source), generator=generator)[: self.num_calibration]

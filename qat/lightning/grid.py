@@ -1,6 +1,6 @@
 """Grids of recipes: every choice of one file of each list is laid over a recipe and run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -73,7 +73,7 @@ def run_grid(
 
 
 def grid_table(
-    title: str, rows: list[dict[str, Any]], keys: list[str], columns: dict[str, int]
+    title: str, rows: list[dict[str, Any]], keys: list[str], columns: Mapping[str, int]
 ) -> Table:
     """A row for each choice of the grid: mean over its draws, and standard deviation.
 
@@ -81,7 +81,7 @@ def grid_table(
         title: Title of the table.
         rows: Names and measurements of each run.
         keys: Lists of the grid.
-        columns: What was measured, and digits to show; one digit goes without deviation.
+        columns: What was measured, and digits to show; one or none goes without deviation.
     """
     table = Table(*keys, "draws", *columns, title=title, title_justify="left")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -90,8 +90,8 @@ def grid_table(
     for names, group in groups.items():
         cells = []
         for column, digits in columns.items():
-            values = [row[column] for row in group]
+            values = [row[column] for row in group if column in row]
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and digits > 1 else ""
-            cells.append(f"{mean(values):.{digits}f}{spread}")
+            cells.append(f"{mean(values):,.{digits}f}{spread}" if values else "-")
         table.add_row(*names, str(len(group)), *cells)
     return table

@@ -11,6 +11,7 @@ from qat.quantizers.base import (
     set_phase,
 )
 from qat.quantizers.companding import Companding
+from qat.quantizers.dynamic import DynamicToken
 from qat.quantizers.log import Log2, LogSqrt2
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.observers import (
@@ -23,6 +24,7 @@ from qat.quantizers.observers import (
 from qat.quantizers.per_operand import PerOperand
 from qat.quantizers.percentile_mse import PercentileMSE
 from qat.quantizers.tanq import TanQ
+from qat.quantizers.twin_log import TwinLog
 
 __all__ = [
     "LSQ",
@@ -30,6 +32,7 @@ __all__ = [
     "Affine",
     "Codes",
     "Companding",
+    "DynamicToken",
     "Factory",
     "Log2",
     "LogSqrt2",
@@ -43,6 +46,7 @@ __all__ = [
     "Quantizer",
     "QuantizerFactory",
     "TanQ",
+    "TwinLog",
     "quantizers",
     "set_phase",
 ]

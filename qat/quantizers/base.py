@@ -34,7 +34,8 @@ class Codes:
         scale: Size of one step; broadcasts against `values`.
         zero_point: Code of the real value zero; None for a symmetric grid.
         table: Real value of each code, for a grid whose steps differ; then `scale` is its largest
-            value and there is no zero point.
+            value and there is no zero point. One row for all values, or (rows, codes) for a table
+            for each index of the first axis.
     """
 
     values: Tensor
@@ -75,6 +76,11 @@ class Quantizer(nn.Module, ABC):
         self.shape = shape
         self.operand = operand
         self.phase = Phase.FLOAT
+
+    @property
+    def num_extra_scales(self) -> int:
+        """Numbers that define the grid beside scale and zero point; costs count 32 bits each."""
+        return 0
 
     @abstractmethod
     def observe(self, x: Tensor) -> None:

@@ -3,7 +3,7 @@
     MACs    multiply-accumulates of an image in every product: linear, convolution, Q K^T, A V
     BOPs    sum over products of MACs * bits of one operand * bits of the other; float counts 32
     bytes   weights at their bits, plus 32 bits for each weight scale and zero point, and for every
-            other parameter and persistent floating-point buffer
+            other parameter and persistent floating-point buffer; signs and orders are not counted
 
 Additions of biases, normalization, softmax and activation functions are not counted as operations.
 """
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.preprocessing import expected_by
+from qat.models import example_inputs
 from qat.quantizers import Phase, Quantizer, set_phase
+from qat.transforms import Transforms
 
 FLOAT_BITS = 32
+TRANSFORM = "transform"
+"""Kind of a site that transforms a layer's input, in float."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Cost:
     Attributes:
         sites: Every matrix product.
         num_other: Parameters and buffers, by group, that no site's weight holds: `position`,
-            `norm`, `bias`, `quantizer` and `other`; 32 bits each.
+            `norm`, `bias`, `quantizer`, `transform` and `other`; 32 bits each.
         uncounted: Modules that own a weight but are of no known product type; their operations
             are missing.
     """
@@ -125,9 +128,8 @@ def cost(model: nn.Module) -> Cost:
     for name, module in traced.named_modules():
         if _is_layer(module) or _is_attention(module):
             record(name, module)
-    size = expected_by(model).input_size
     with torch.no_grad():
-        traced(torch.zeros(1, *size, device="meta"))
+        traced(*example_inputs(model, "meta"))
     found = tuple(site for group in sites.values() for site in group)
     other, uncounted = _other(traced, {site.name for site in found})
     return Cost(found, other, uncounted)
@@ -150,9 +152,8 @@ def activation_bytes(model: nn.Module) -> int:
             kept[address] = tensor.detach()
         return tensor
 
-    size = expected_by(model).input_size
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = probe(torch.zeros(1, *size))
+        output = probe(*example_inputs(model))
     total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del output
     return total
@@ -178,10 +179,15 @@ def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
             codes = quantizer.codes(weight)
             num_scales = codes.scale.numel()
             num_scales += 0 if codes.zero_point is None else codes.zero_point.numel()
+            num_scales += quantizer.num_extra_scales
         bits = (_bits(getattr(module, "input_quantizer", None)), _bits(quantizer))
         macs = output.numel() * weight[0].numel()
         kind = type(module).__name__
-        return [Site(name, kind, macs, bits, weight.numel(), num_scales)]
+        sites = [Site(name, kind, macs, bits, weight.numel(), num_scales)]
+        if (transform := getattr(module, "input_transform", None)) is not None:
+            macs = x.numel() * transform.macs_per_feature
+            sites.append(Site(f"{name}.input_transform", TRANSFORM, macs, (FLOAT_BITS,) * 2))
+        return sites
     windows, tokens, _ = x.shape
     macs = windows * tokens * tokens * module.qkv.out_features // 3
     products = []
@@ -194,7 +200,8 @@ def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
 
 
 def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
-    counts: dict[str, int] = {"position": 0, "norm": 0, "bias": 0, "quantizer": 0, "other": 0}
+    groups = ("position", "norm", "bias", "quantizer", "transform", "other")
+    counts = dict.fromkeys(groups, 0)
     uncounted = []
     seen: set[int] = set()
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -209,6 +216,8 @@ def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str
         if any(isinstance(part, Quantizer) for part in path):
             # Scales of weights are counted with their site.
             counts["quantizer"] += 0 if "weight_quantizer" in key else tensor.numel()
+        elif any(isinstance(part, Transforms) for part in path):
+            counts["transform"] += tensor.numel()
         elif "norm" in type(module).__name__.lower():
             counts["norm"] += tensor.numel()
         elif leaf == "bias":

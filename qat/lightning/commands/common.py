@@ -2,6 +2,7 @@
 
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
 from qat.lightning.run_folder import RunFolder, is_first_process
-from qat.losses import Objective
+from qat.lightning.tasks import Task
+from qat.lightning.training import Training
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.report import cost_items, coverage_lines, coverage_table
@@ -61,6 +64,14 @@ def add_training_arguments(parser: LightningArgumentParser) -> None:
         help="Short for model.initialise, what sets the quantizers' starting state; such as "
         "ptq_init.repq_vit.RepQViT.",
     )
+    parser.add_argument(
+        "--judge_config",
+        type=str | None,
+        default=None,
+        help="Recipe that trains the judge of a task first, where task.judge names none.",
+    )
+    parser.add_subclass_arguments(Task, "task", help="What the model is for.")
+    parser.set_defaults({"task": {"class_path": "qat.lightning.tasks.Classification"}})
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.set_defaults(
         {
@@ -110,12 +121,17 @@ def resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     return True
 
 
-def make_module(parser: LightningArgumentParser, config: Namespace) -> Distillation:
+def make_task(parser: LightningArgumentParser, config: Namespace) -> Task:
+    """What the model of a recipe is for."""
+    return parser.instantiate(Namespace({"task": config.task})).task
+
+
+def make_module(parser: LightningArgumentParser, config: Namespace) -> Training:
     """The Lightning module of a recipe; builds the model and loads the teacher."""
     if config.init is not None:
         chosen = {"model": {"initialise": {"class_path": config.init}}}
         config = parser.parse_object(chosen, config)
-    return Distillation(**_arguments(parser, config, "model"))
+    return make_task(parser, config).module(**_arguments(parser, config, "model"))
 
 
 def make_data(parser: LightningArgumentParser, config: Namespace) -> VisionData:
@@ -183,13 +199,21 @@ def check_coverage(model: nn.Module, required: float | None) -> None:
         )
 
 
-def evaluate(model: nn.Module, data: VisionData, trainer: Trainer) -> dict[str, Any]:
-    """Accuracy of a model on the evaluation images."""
+def evaluate(
+    task: Task, model: nn.Module, data: VisionData, trainer: Trainer, folder: RunFolder
+) -> dict[str, Any]:
+    """Measures of a model on the evaluation images."""
     data.attach(expected_by(model), num_classes_of(model))
-    module = Distillation(model, objective=Objective())
-    found = trainer.validate(module, datamodule=data, verbose=False)[0]
-    items = {name.removeprefix("val/"): value for name, value in found.items()}
-    return {**items, "n_images": int(items["n_images"])}
+    return task.evaluate(model, data, trainer, folder.path)
+
+
+def show(items: dict[str, Any], rows: Mapping[str, tuple[str, str]]) -> None:
+    """Print those of a run's results that a table has rows for."""
+    table = Table("", "value", title="Result", title_justify="left")
+    for label, (key, form) in rows.items():
+        if key in items:
+            table.add_row(label, form.format(items[key]))
+    console.print(table)
 
 
 def run_items(command: str, config: Namespace, started: float, device: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from qat.lightning.commands.common import (
     make_data,
     make_judge,
     make_module,
+    make_task,
     make_trainer,
     model_items,
     place_loggers,
@@ -33,9 +34,10 @@ from qat.lightning.commands.common import (
     trainer_arguments,
 )
 from qat.lightning.data import VisionData
-from qat.lightning.modules import Distillation
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder, is_first_process
+from qat.lightning.tasks import Task
+from qat.lightning.training import Training
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import quantizers
@@ -64,11 +66,14 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     resume = _find_checkpoint(config, folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     if config.teacher_config and config.model.teacher is None:
-        config.model.teacher = str(_train_teacher(parser, config, folder))
+        teacher = _train_first(parser, config, folder, "teacher", config.teacher_config)
+        config.model.teacher = str(teacher)
     if resume is None and is_first_process():
         parser.save(config, str(folder.path / "config.yaml"), overwrite=True, skip_validation=True)
+    train_judge(parser, config, folder)
     place_loggers(config, folder)
     prepare(config)
+    task = make_task(parser, config)
     module, data = make_module(parser, config), make_data(parser, config)
     settings = trainer_arguments(parser, config)
     data.attach(expected_by(module.model), num_classes_of(module.model))
@@ -76,7 +81,7 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     step = None if resume is None else _step(resume)
     tracker = OscillationTracker()
     interrupt = OrderlyInterrupt()
-    callbacks = [*(settings["callbacks"] or []), interrupt, *_checkpoints(folder)]
+    callbacks = [*(settings["callbacks"] or []), interrupt, *_checkpoints(folder, *task.monitor)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
     loggers: list[Logger] = [folder.logger(step), *configured_loggers(settings["logger"])]
@@ -97,19 +102,21 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     folder.write_metrics(
         {
             **run_items("fit", config, started, trainer.strategy.root_device),
-            **_judge(module, data, make_judge(settings, folder)),
+            **_judge(task, module, data, make_judge(settings, folder), folder),
             "epochs": trainer.current_epoch,
             **tracker.summary(),
         }
     )
 
 
-def _judge(module: Distillation, data: VisionData, judge: Trainer) -> dict[str, Any]:
-    """Accuracy and costs of the trained model, and those of its teacher as `<key>_teacher`."""
-    items = evaluate(module.model, data, judge) | model_items(module.model)
+def _judge(
+    task: Task, module: Training, data: VisionData, judge: Trainer, folder: RunFolder
+) -> dict[str, Any]:
+    """Measures and costs of the trained model, and those of its teacher as `<key>_teacher`."""
+    items = evaluate(task, module.model, data, judge, folder) | model_items(module.model)
     if module.teacher is not None:
         costs = model_items(module.teacher)
-        teacher = evaluate(module.teacher, data, judge) | costs
+        teacher = evaluate(task, module.teacher, data, judge, folder) | costs
         items |= {f"{key}_teacher": teacher[key] for key in ("top1", "n_images", *costs)}
     return items
 
@@ -126,6 +133,8 @@ def comparison_table(folder: RunFolder) -> Table:
         table.add_column(name, justify="right")
     rows = {
         "top-1": ("top1", "{:.4f}"),
+        "noise error": ("noise_error", "{:.5f}"),
+        "class accuracy of samples": ("class_accuracy", "{:.4f}"),
         "evaluation images": ("n_images", "{:,}"),
         "parameters": ("num_parameters", "{:,}"),
         "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
@@ -147,12 +156,12 @@ def comparison_table(folder: RunFolder) -> Table:
     return table
 
 
-def _checkpoints(folder: RunFolder) -> list[ModelCheckpoint]:
+def _checkpoints(folder: RunFolder, monitor: str, mode: str) -> list[ModelCheckpoint]:
     """The last state, written each epoch and on any exception, and the best one."""
     options: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
     return [
         ModelCheckpoint(filename="last", save_on_exception=True, **options),
-        ModelCheckpoint(filename="best", monitor="val/top1", mode="max", **options),
+        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **options),
     ]
 
 
@@ -171,18 +180,30 @@ def _find_checkpoint(config: Namespace, folder: RunFolder) -> Path | None:
     return folder.checkpoint_to_resume(config.ckpt_path)
 
 
-def _train_teacher(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> Path:
-    """The teacher's checkpoint; trains it in `<run folder>/teacher` unless that is done."""
-    teacher = RunFolder(folder.path / "teacher")
-    if not teacher.metrics.exists():
-        arguments = ["--config", config.teacher_config, "--run_dir", str(teacher.path)]
+def train_judge(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
+    """Give the task a judge, trained in `<run folder>/judge`, where the recipe has one to train."""
+    arguments = config.task.get("init_args") or Namespace()
+    if config.judge_config is None or arguments.get("judge") is not None:
+        return
+    if "judge" not in arguments:
+        raise ValueError("judge_config has no effect: the task knows no judge; remove it")
+    arguments.judge = str(_train_first(parser, config, folder, "judge", config.judge_config))
+
+
+def _train_first(
+    parser: LightningArgumentParser, config: Namespace, folder: RunFolder, name: str, recipe: str
+) -> Path:
+    """A model's checkpoint; trains it in `<run folder>/<name>` unless that is done."""
+    first = RunFolder(folder.path / name)
+    if not first.metrics.exists():
+        arguments = ["--config", recipe, "--run_dir", str(first.path)]
         arguments += ["--seed_everything", str(config.seed_everything)]
-        if teacher.last.exists():
+        if first.last.exists():
             arguments += ["--ckpt_path", "last"]
-        console.rule(f"teacher: {config.teacher_config}")
-        train(parser, parser.parse_args(arguments), teacher)
-        console.rule("student")
-    return teacher.last
+        console.rule(f"{name}: {recipe}")
+        train(parser, parser.parse_args(arguments), first)
+        console.rule(f"{name} done")
+    return first.last
 
 
 def _step(path: Path) -> int:

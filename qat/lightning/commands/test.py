@@ -4,7 +4,6 @@ import time
 
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
-from rich.table import Table
 from torch import nn
 
 from qat import checkpoint as files
@@ -17,12 +16,15 @@ from qat.lightning.commands.common import (
     make_data,
     make_judge,
     make_module,
+    make_task,
     model_items,
     prepare,
     recipe_name,
     run_items,
+    show,
     trainer_arguments,
 )
+from qat.lightning.commands.fit import train_judge
 from qat.lightning.run_folder import RunFolder
 from qat.plan import load_plan
 from qat.quantizers import Phase, quantizers
@@ -47,8 +49,10 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     data = make_data(parser, config)
     check_coverage(model, config.require_coverage)
     trainer = make_judge(trainer_arguments(parser, config), folder)
-    items = evaluate(model, data, trainer)
     folder.path.mkdir(parents=True, exist_ok=True)
+    train_judge(parser, config, folder)
+    task = make_task(parser, config)
+    items = evaluate(task, model, data, trainer, folder)
     folder.write_metrics(
         {
             **run_items("test", config, started, trainer.strategy.root_device),
@@ -56,11 +60,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             **model_items(model),
         }
     )
-    table = Table("", "value", title="Result", title_justify="left")
-    for key, form in (("top1", "{:.4f}"), ("top5", "{:.4f}"), ("n_images", "{:,}")):
-        if key in items:
-            table.add_row(key, form.format(items[key]))
-    console.print(table)
+    show(items, {**task.rows, "top-5": ("top5", "{:.4f}")})
     console.print(f"run folder: {folder.path}")
 
 

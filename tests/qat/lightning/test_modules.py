@@ -21,7 +21,8 @@ from qat.data.sources import Subset, digits
 from qat.journal import Journal
 from qat.layers import quantized_weights
 from qat.lightning.data import VisionData
-from qat.lightning.modules import Distillation, parameter_groups
+from qat.lightning.modules import Distillation
+from qat.lightning.training import parameter_groups
 from qat.losses import Objective
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by

@@ -1,0 +1,116 @@
+"""What a model is for: how it is trained, calibrated and judged. Recipes name it as `task`.
+
+Commands know no accuracy and no noise: they ask the task for a training module, for calibration
+batches, for measures, and for the columns of their tables.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pytorch_lightning import Trainer
+from torch import nn
+
+from qat.calibrate import Batch
+from qat.lightning.comparison import Comparison
+from qat.lightning.data import VisionData
+from qat.lightning.modules import Distillation
+from qat.lightning.training import Training
+from qat.losses import Objective
+
+Form = tuple[str, str]
+"""A key of `metrics.json`, and how its value is printed."""
+
+
+class Task(ABC):
+    """What a model is for; subclasses are dataclasses.
+
+    Attributes:
+        monitor: Measure that picks the best checkpoint of a training run, and `min` or `max`.
+        rows: What the table of one run shows, by label.
+        columns: Keys that the table of many runs shows, and digits of each.
+        headline: Key of the float model's result, in the title of that table.
+    """
+
+    monitor: ClassVar[tuple[str, str]]
+    rows: ClassVar[Mapping[str, Form]]
+    columns: ClassVar[Mapping[str, int]]
+    headline: ClassVar[str]
+
+    @abstractmethod
+    def module(self, **arguments: Any) -> Training:
+        """The module that trains, from the `model` section of a recipe."""
+
+    @abstractmethod
+    def calibration_batches(self, data: VisionData) -> list[Batch]:
+        """What quantizers are calibrated on."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, data: VisionData, trainer: Trainer, folder: Path
+    ) -> dict[str, Any]:
+        """Measures of one model, for `metrics.json`; files go into the run folder."""
+
+    @abstractmethod
+    def compare(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        data: VisionData,
+        trainer: Trainer,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Measures of a quantized model beside the float model it came from."""
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Images in, classes out."""
+
+    monitor = ("val/top1", "max")
+    rows: ClassVar[Mapping[str, Form]] = {
+        "top-1": ("top1", "{:.4f}"),
+        "top-1, float": ("top1_float", "{:.4f}"),
+        "agreement with float": ("agreement", "{:.4f}"),
+        "logit error, relative": ("logit_error", "{:.4f}"),
+        "evaluation images": ("n_images", "{:,}"),
+    }
+    columns: ClassVar[Mapping[str, int]] = {
+        "top1": 4,
+        "agreement": 4,
+        "logit_error": 4,
+        "seconds_calibration": 1,
+    }
+    headline = "top1_float"
+
+    def module(self, **arguments: Any) -> Distillation:
+        """Training on labels, on a teacher, or on both."""
+        return Distillation(**arguments)
+
+    def calibration_batches(self, data: VisionData) -> list[Batch]:
+        """Preprocessed images."""
+        return list(data.calibration_batches())
+
+    def evaluate(
+        self, model: nn.Module, data: VisionData, trainer: Trainer, folder: Path
+    ) -> dict[str, Any]:
+        """Accuracy on the evaluation images."""
+        module = Distillation(model, objective=Objective())
+        found = trainer.validate(module, datamodule=data, verbose=False)[0]
+        items = {name.removeprefix("val/"): value for name, value in found.items()}
+        return {**items, "n_images": int(items["n_images"])}
+
+    def compare(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        data: VisionData,
+        trainer: Trainer,
+        folder: Path,
+    ) -> dict[str, Any]:
+        """Accuracy of both models, and how far the one departs from the other."""
+        comparison = Comparison(model, original)
+        trainer.validate(comparison, datamodule=data, verbose=False)
+        return comparison.items()

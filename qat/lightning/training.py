@@ -1,0 +1,169 @@
+"""What all training has in common: building, quantizing, calibrating, optimizing, checkpoints."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from qat import checkpoint as files
+from qat.calibrate import calibrate
+from qat.convert import Conversion, convert_
+from qat.journal import Journal
+from qat.plan import Plan, load_plan
+from qat.quantizers import LSQ, Factory, Phase, QuantizerFactory, quantizers
+from qat.regularize import Regularizer
+
+MakeOptimizer = Callable[[Iterable], Optimizer]
+MakeSchedule = Callable[[Optimizer, int], LRScheduler]
+Convert = Callable[[nn.Module, Plan, QuantizerFactory], Conversion]
+Initialise = Callable[[nn.Module, Iterable, Journal], None]
+"""A `qat.calibrate.Initialiser`, in the form that the parser of arguments understands."""
+
+
+class Training(LightningModule):
+    """Trains a model; quantized where there is a plan. Subclasses say by what loss.
+
+    Args:
+        model: The model to train; None starts from the model in `checkpoint`.
+        checkpoint: Checkpoint of a trained model.
+        plan: Bit-width plan, a file or a list of rules; None trains in float.
+        quantizer: Builds the quantizer of each operand of the plan.
+        convert: Puts the quantizers in place.
+        initialise: Sets the quantizers' starting state from calibration batches.
+        optimizer: Called with parameter groups.
+        lr_scheduler: Called with the optimizer and the number of its steps, stepped after each;
+            None keeps the learning rate.
+        regularizer: Acts on latent weights beside the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        checkpoint: str | None = None,
+        plan: str | list[dict[str, Any]] | None = None,
+        quantizer: Factory | QuantizerFactory = LSQ,
+        convert: Convert = convert_,
+        initialise: Initialise = calibrate,
+        optimizer: MakeOptimizer = torch.optim.AdamW,
+        lr_scheduler: MakeSchedule | None = None,
+        regularizer: Regularizer | None = None,
+    ) -> None:
+        super().__init__()
+        if model is None:
+            if checkpoint is None:
+                raise ValueError("set model.model, or model.teacher to start from its copy")
+            model = files.load(checkpoint)
+        if plan is not None:
+            convert(model, load_plan(plan), quantizer)
+        self.model = model
+        self.initialise = initialise
+        self.journal: Journal = Journal()
+        self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
+        self.regularizer = regularizer
+        self._rng_state: Tensor | None = None
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher, if there is one."""
+        return None
+
+    @abstractmethod
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+
+    @abstractmethod
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Measures of one batch."""
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def calibration_batches(self) -> Iterable[Any]:
+        """What quantizers are calibrated on: preprocessed images."""
+        return self.trainer.datamodule.calibration_batches()  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Initialise quantizers that are still in float; a resumed run has them already."""
+        fresh = [q for _, q in quantizers(self.model) if q.phase is Phase.FLOAT]
+        if fresh:
+            batches = (self._here(batch) for batch in self.calibration_batches())
+            self.initialise(self.model, batches, self.journal)
+        self.model.train()  # Lightning keeps the mode it finds, and a loaded model is in eval
+
+    def on_train_start(self) -> None:
+        """Continue the random numbers of the run that is resumed."""
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state)
+            self._rng_state = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let the regularizer act on gradients."""
+        if self.regularizer is not None:
+            self.regularizer.adjust_gradients(self.model, self._progress())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the regularizer act on weights."""
+        super().optimizer_step(*args, **kwargs)
+        if self.regularizer is not None:
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.regularizer.adjust_weights(self.model, lr, self._progress())
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over two groups, the second without weight decay, and the schedule."""
+        optimizer = self.make_optimizer(parameter_groups(self.model))
+        if self.make_schedule is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = {"scheduler": self.make_schedule(optimizer, steps), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the model without this module, and the random state."""
+        state = checkpoint["state_dict"]
+        # A weight-averaging callback brings the state of a copy made before calibration; phases
+        # are no weights to average.
+        phases = {k: v for k, v in self.state_dict().items() if k.endswith("_extra_state")}
+        state.update(phases)
+        checkpoint[files.MANIFEST] = files.manifest(self.model, state, prefix="model.")
+        if self.teacher is not None:
+            checkpoint[files.MANIFEST]["teacher_sha256"] = files.digest(self.teacher.state_dict())
+        checkpoint["rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model.
+
+        Raises:
+            ValueError: If it describes another model, plan or factory than the recipe does.
+        """
+        theirs = checkpoint.get(files.MANIFEST, {})
+        files.require_same(theirs, files.manifest(self.model, self.state_dict(), "model."))
+        self._rng_state = checkpoint["rng_state"]
+
+    def _here(self, batch: Any) -> Any:
+        return self.transfer_batch_to_device(batch, self.device, 0)
+
+    def _progress(self) -> float:
+        return min(1.0, self.global_step / max(1, self.trainer.estimated_stepping_batches))
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters that decay, and those that never do.
+
+    Scales and all other quantizer state, biases, normalization, and what timm's
+    `no_weight_decay` names, such as position embeddings, are in the second group.
+    """
+    exempt = getattr(model, "no_weight_decay", lambda: ())()
+    owned = {id(p) for _, quantizer in quantizers(model) for p in quantizer.parameters()}
+    decays: list[nn.Parameter] = []
+    stays: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        keeps = parameter.ndim < 2 or name in exempt or id(parameter) in owned
+        if parameter.requires_grad:
+            (stays if keeps else decays).append(parameter)
+    return [{"params": decays}, {"params": stays, "weight_decay": 0.0}]
