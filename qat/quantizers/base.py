@@ -76,6 +76,11 @@ class Quantizer(nn.Module, ABC):
         self.operand = operand
         self.phase = Phase.FLOAT
 
+    @property
+    def mean_bits(self) -> float:
+        """Mean width of the codes of an operand, for its cost."""
+        return self.spec.bits
+
     @abstractmethod
     def observe(self, x: Tensor) -> None:
         """Accumulate statistics of `x`, without gradient."""

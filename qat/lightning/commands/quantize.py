@@ -12,6 +12,7 @@ from rich.table import Table
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
     add_grid_argument,
+    add_patchwise_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
@@ -22,6 +23,7 @@ from qat.lightning.commands.common import (
     make_module,
     model_items,
     overlay,
+    patchwise_as_asked,
     prepare,
     recipe_name,
     run_items,
@@ -42,6 +44,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_run_arguments(parser)
     add_training_arguments(parser)
     add_grid_argument(parser)
+    add_patchwise_argument(parser)
     parser.add_argument("--draws", type=int, default=1, help="Seeds of each choice of the grid.")
 
 
@@ -77,7 +80,9 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
         module.initialise(model, batches, journal)
     seconds = time.monotonic() - begun
     comparison = Comparison(model.eval(), original)
-    judge.validate(comparison, datamodule=data, verbose=False)
+    with patchwise_as_asked(parser, model, config):
+        judge.validate(comparison, datamodule=data, verbose=False)
+        costs = model_items(model)
     files.save(model, folder.path / "model.ckpt")
     folder.write_metrics(
         {
@@ -87,7 +92,7 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
             "resumed": resume,
             "n_calibration": sum(len(images) for images in batches),
             **journal.notes,
-            **model_items(model),
+            **costs,
         }
     )
     journal.clear()

@@ -9,6 +9,7 @@ from torch import nn
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
+    add_patchwise_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
@@ -18,6 +19,7 @@ from qat.lightning.commands.common import (
     make_judge,
     make_module,
     model_items,
+    patchwise_as_asked,
     prepare,
     recipe_name,
     run_items,
@@ -34,6 +36,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `test`: those of `fit`, so that its recipes serve both."""
     add_run_arguments(parser)
     add_training_arguments(parser)
+    add_patchwise_argument(parser)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> None:
@@ -47,13 +50,13 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     data = make_data(parser, config)
     check_coverage(model, config.require_coverage)
     trainer = make_judge(trainer_arguments(parser, config), folder)
-    items = evaluate(model, data, trainer)
+    with patchwise_as_asked(parser, model, config):
+        items = {**evaluate(model, data, trainer), **model_items(model)}
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_metrics(
         {
             **run_items("test", config, started, trainer.strategy.root_device),
             **items,
-            **model_items(model),
         }
     )
     table = Table("", "value", title="Result", title_justify="left")
