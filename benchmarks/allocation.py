@@ -1,7 +1,7 @@
 """Accuracy at equal BOPs: uniform, random, greedy and frontier allocations, by several metrics.
 
     python benchmarks/sensitivity.py --config C --out runs/metrics --seed 1
-    python benchmarks/allocation.py --config C --tables runs/metrics --seed 1 --out runs/allocation.csv
+    python benchmarks/allocation.py --config C --tables runs/metrics --seed 1 --out runs/a.csv
 
 Tables of sensitivities are those of the first draw of `benchmarks/sensitivity.py` with the same
 seed. Every plan is initialised anew on 32 images and evaluated on images that neither the tables
@@ -79,20 +79,24 @@ class Bench:
         self.exact = self.logits(module.model.eval())
 
     def model(self, plan: Plan) -> nn.Module:
+        """The float model, converted."""
         model = make_module(self.parser, self.settings).model
         convert_(model, plan, self.make)
         return model
 
     @torch.no_grad()
     def logits(self, model: nn.Module) -> Tensor:
+        """Of the images that are evaluated."""
         return torch.cat([model(batch) for batch in self.batches])
 
     def quantized(self, plan: Plan) -> nn.Module:
+        """The model under a plan, initialised as the recipe says."""
         model = self.model(plan)
         self.initialise(model, [self.images], self.journal)
         return model.eval()
 
     def row(self, model: nn.Module) -> dict[str, Any]:
+        """What a quantized model is worth, and costs."""
         logits = self.logits(model)
         error = (logits - self.exact).norm() / self.exact.norm()
         log_p, log_q = self.exact.log_softmax(-1), logits.log_softmax(-1)

@@ -77,7 +77,7 @@ class Quantizer(nn.Module, ABC):
         self.phase = Phase.FLOAT
 
     @property
-    def mean_bits(self) -> float:
+    def mean_bits(self) -> int | float:
         """Mean width of the codes of an operand, for its cost."""
         return self.spec.bits
 

@@ -19,6 +19,8 @@ from qat.preprocessing import expected_by
 from qat.quantizers import Phase, Quantizer, set_phase
 
 FLOAT_BITS = 32
+Width = int | float
+"""Bits of an operand; a fraction where the mean over tokens is none."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Site:
     name: str
     kind: str
     macs: int
-    bits: tuple[float, float]
+    bits: tuple[Width, Width]
     num_weights: int = 0
     num_scales: int = 0
 
@@ -167,7 +169,7 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "qkv") and hasattr(module, "num_heads")
 
 
-def _bits(quantizer: Any) -> float:
+def _bits(quantizer: Any) -> Width:
     return quantizer.mean_bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
 
 
