@@ -37,15 +37,14 @@ from qat.search.probe import Slot, probing, slot_of
 from qat.search.sensitivity import Metric, Table, mean_table
 from qat.spec import Operand
 
-METRICS: dict[str, Metric] = {
-    "M1": TaylorRemoval(),
+METRICS: dict[str, Metric] = {"M1": TaylorRemoval(), "M3": FirstOrder(), "M4": DiagonalFisher()}
+ONCE: dict[str, Metric] = {
     "M1 predicted": TaylorRemoval(target="predicted"),
-    "M2": Removal(),
-    "M3": FirstOrder(),
     "M3 predicted": FirstOrder(target="predicted"),
-    "M4": DiagonalFisher(),
     "M4 predicted": DiagonalFisher(target="predicted"),
+    "M2": Removal(),
 }
+"""Measured on the first draw only."""
 GROUPS = {"weights": True, "activations": False, "all": None}
 COUNTS = (1, 5, 10, 20, 50)
 """Numbers of random vectors at which the Hessian's trace is looked at."""
@@ -141,15 +140,15 @@ def main() -> None:
     print(f"M6: {json.loads(path.read_text())['seconds']:.0f} s for {arguments.truth_bits}")
     for index, images in enumerate(draws):
         with probing(model, images[:8], dict.fromkeys(slots, range(2, 9)), observer) as p:
-            for name, metric in METRICS.items():
+            for name, metric in (METRICS | ({} if index else ONCE)).items():
                 path = arguments.out / f"{name.replace(' ', '_')}_{index}.json"
-                found = cached(path, lambda m=metric: pack(m(model, p, images)))
+                found = cached(path, lambda m=metric, p=p, x=images: pack(m(model, p, x)))
                 tables.setdefault(name, []).append(unpack(found["table"]))
                 seconds[name] = found["seconds"]
             if index < arguments.m5_draws:
                 path = arguments.out / f"M5_{index}.json"
                 count = arguments.m5_samples
-                found = cached(path, lambda n=count: trace(model, p, images, n))
+                found = cached(path, lambda n=count, p=p, x=images: trace(model, p, x, n))
                 for done, items in found["table"].items():
                     tables.setdefault(f"M5 {done}", []).append(unpack(items))
                     seconds[f"M5 {done}"] = found["seconds"] * int(done) / count

@@ -1,8 +1,9 @@
 """The switch `plain` / `react`: which blocks surround the binary operands.
 
 `plain` is `qat.convert_` with `BinaryQuantizers`: the architecture of the float model, unchanged.
-`react` is `react_` below: RPReLU and the extra shortcuts of `binaryvit.blocks`. Swin's window
-attention gets them around its linear layers, but no shortcut around the context.
+`react` is `react_` below: RPReLU and the extra shortcuts of `binaryvit.blocks`, around what the
+plan puts on one bit; wider components, as in a searched plan, stay plain. Swin's window attention
+gets them around its linear layers, but no shortcut around the context.
 """
 
 from timm.layers.attention import Attention
@@ -26,22 +27,31 @@ from qat.quantizers import QuantizerFactory
 
 
 def react_linear(linear: nn.Linear, make: Maker) -> nn.Module:
-    """Twin of a linear layer; the plain one where its weight stays in float."""
-    weight = make(Operand.WEIGHT, tuple(linear.weight.shape))
-    if weight is None:
+    """Twin of a linear layer; the plain one where its weight is not binary."""
+    if not _is_binary(make, Operand.WEIGHT):
         return quant_linear(linear, make)
+    weight = make(Operand.WEIGHT, tuple(linear.weight.shape))
+    assert weight is not None
     return ReactLinear(linear, weight, make(Operand.INPUT, (linear.in_features,)))
 
 
 def react_attention(attention: Attention, make: Maker) -> QuantAttention:
-    """Twin of timm's attention with the shortcut around the context."""
+    """Twin of timm's attention; with the shortcut around the context where values are binary."""
     products = quant_products(attention.num_heads, attention.head_dim, make)
-    return QuantAttention(attention, *products, ContextShortcut(attention.head_dim))
+    binary = _is_binary(make, Operand.VALUE)
+    return QuantAttention(
+        attention, *products, ContextShortcut(attention.head_dim) if binary else None
+    )
 
 
 def react_mlp(mlp: Mlp, make: Maker) -> ReactMlp:
     """Twin of timm's MLP."""
     return ReactMlp(mlp)
+
+
+def _is_binary(make: Maker, operand: Operand) -> bool:
+    spec = make.rule.spec(operand)
+    return spec is not None and spec.bits == 1
 
 
 REACT_HANDLERS = {
@@ -53,5 +63,5 @@ REACT_HANDLERS = {
 
 
 def react_(model: nn.Module, plan: Plan, make_quantizer: QuantizerFactory) -> Conversion:
-    """`qat.convert_` with RPReLU and extra shortcuts around what the plan quantizes."""
+    """`qat.convert_` with RPReLU and extra shortcuts around what the plan binarizes."""
     return convert_(model, plan, make_quantizer, REACT_HANDLERS)

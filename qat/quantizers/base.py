@@ -82,6 +82,11 @@ class Quantizer(nn.Module, ABC):
         """Numbers that define the grid beside scale and zero point; costs count 32 bits each."""
         return 0
 
+    @property
+    def mean_bits(self) -> int | float:
+        """Mean width of the codes of an operand, for its cost."""
+        return self.spec.bits
+
     @abstractmethod
     def observe(self, x: Tensor) -> None:
         """Accumulate statistics of `x`, without gradient."""

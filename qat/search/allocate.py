@@ -178,7 +178,9 @@ def best(components: Sequence[Component], budget: float, seed: int = 0) -> Picks
     return tuple(int(pick) for pick in found.picks[found.within(budget)])
 
 
-def totals(components: Sequence[Component], picks: Sequence[int]) -> tuple[float, float]:
+def totals(
+    components: Sequence[Component], picks: Sequence[int] | np.ndarray
+) -> tuple[float, float]:
     """Total cost and total loss of a choice."""
     chosen = [c.options[int(pick)] for c, pick in zip(components, picks, strict=True)]
     return sum(o.cost for o in chosen), sum(o.loss for o in chosen)

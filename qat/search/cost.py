@@ -23,6 +23,9 @@ FLOAT_BITS = 32
 TRANSFORM = "transform"
 """Kind of a site that transforms a layer's input, in float."""
 
+Width = int | float
+"""Bits of an operand; a fraction where the mean over tokens is none."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -32,7 +35,8 @@ class Site:
         name: Name of the module; products of attention end in `.qk` and `.av`.
         kind: Class name of the module, or `product`.
         macs: Multiply-accumulates for one image.
-        bits: Widths of the two operands: input and weight, or left and right of a product.
+        bits: Widths of the two operands: input and weight, or left and right of a product; means
+            over tokens, and so perhaps fractions, where tokens differ.
         num_weights: Elements of the weight, 0 for a product.
         num_scales: Scales and zero points of the weight.
     """
@@ -40,14 +44,14 @@ class Site:
     name: str
     kind: str
     macs: int
-    bits: tuple[int, int]
+    bits: tuple[Width, Width]
     num_weights: int = 0
     num_scales: int = 0
 
     @property
     def bops(self) -> int:
         """Bit operations for one image."""
-        return self.macs * self.bits[0] * self.bits[1]
+        return round(self.macs * self.bits[0] * self.bits[1])
 
     @property
     def low_bit(self) -> bool:
@@ -59,7 +63,7 @@ class Site:
         """Field notation: `w4a8` is 4-bit weights, 8-bit activations; `float` at 32 bits each."""
         if self.bits == (FLOAT_BITS, FLOAT_BITS):
             return "float"
-        left, right = self.bits
+        left, right = (f"{bits:.4g}" for bits in self.bits)
         return f"w{right}a{left}" if self.num_weights else f"a{left}a{right}"
 
 
@@ -167,8 +171,8 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "qkv") and hasattr(module, "num_heads")
 
 
-def _bits(quantizer: Any) -> int:
-    return quantizer.spec.bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
+def _bits(quantizer: Any) -> Width:
+    return quantizer.mean_bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
 
 
 def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:

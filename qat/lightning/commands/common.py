@@ -2,7 +2,8 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.report import cost_items, coverage_lines, coverage_table
 from qat.search.cost import cost
+from qat.search.patchwise import PatchBits, patchwise
 
 console = Console(quiet=not is_first_process())
 
@@ -82,6 +84,26 @@ def add_training_arguments(parser: LightningArgumentParser) -> None:
     )
     parser.add_class_arguments(Distillation, "model", instantiate=False)
     parser.add_class_arguments(VisionData, "data", skip={"seed"}, instantiate=False)
+
+
+def add_patchwise_argument(parser: LightningArgumentParser) -> None:
+    """The argument of commands that evaluate a quantized model."""
+    parser.add_argument(
+        "--patchwise",
+        type=PatchBits | None,
+        default=None,
+        help="Spread each layer's activation bits over the patches of an image at inference.",
+    )
+
+
+@contextmanager
+def patchwise_as_asked(
+    parser: LightningArgumentParser, model: nn.Module, config: Namespace
+) -> Iterator[None]:
+    """Patch-wise bits within the block, where the user asked for them."""
+    bits = parser.instantiate(Namespace(patchwise=config.patchwise)).patchwise
+    with nullcontext() if bits is None else patchwise(model, bits):
+        yield
 
 
 def prepare(config: Namespace) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
+    add_patchwise_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
@@ -22,6 +23,7 @@ from qat.lightning.commands.common import (
     make_module,
     make_task,
     model_items,
+    patchwise_as_asked,
     prepare,
     recipe_name,
     resumes,
@@ -52,6 +54,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_run_arguments(parser)
     add_training_arguments(parser)
     add_grid_arguments(parser)
+    add_patchwise_argument(parser)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> None:
@@ -93,7 +96,9 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
     with RunJournal(folder.path, console, resume=resume) as journal:
         module.initialise(model, batches, journal)
     seconds = time.monotonic() - begun
-    items = task.compare(model.eval(), original, data, judge, folder.path)
+    with patchwise_as_asked(parser, model, config):
+        items = task.compare(model.eval(), original, data, judge, folder.path)
+        costs = model_items(model)
     files.save(model, folder.path / "model.ckpt")
     folder.write_metrics(
         {
@@ -105,7 +110,7 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
                 len(batch[0] if isinstance(batch, tuple) else batch) for batch in batches
             ),
             **journal.notes,
-            **model_items(model),
+            **costs,
         }
     )
     journal.clear()

@@ -37,7 +37,7 @@ from qat.search import pmq
 from qat.search.allocate import Allocate, best, check_budget, frontier, hull, totals
 from qat.search.cost import cost
 from qat.search.latency import LatencyTable
-from qat.search.metrics import TaylorRemoval
+from qat.search.metrics import DiagonalFisher
 from qat.search.probe import probing
 from qat.search.sensitivity import Metric, Table, monotone
 
@@ -63,7 +63,7 @@ class Search:
         labels: Give the metric the labels of the calibration images.
     """
 
-    metric: Metric = TaylorRemoval()  # noqa: RUF009 - a frozen value
+    metric: Metric = DiagonalFisher()  # noqa: RUF009 - a frozen value
     weights: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     activations: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     pairs: Literal["any", "equal"] = "any"

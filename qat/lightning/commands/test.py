@@ -8,6 +8,7 @@ from torch import nn
 
 from qat import checkpoint as files
 from qat.lightning.commands.common import (
+    add_patchwise_argument,
     add_run_arguments,
     add_training_arguments,
     check_coverage,
@@ -18,6 +19,7 @@ from qat.lightning.commands.common import (
     make_module,
     make_task,
     model_items,
+    patchwise_as_asked,
     prepare,
     recipe_name,
     run_items,
@@ -36,6 +38,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `test`: those of `fit`, so that its recipes serve both."""
     add_run_arguments(parser)
     add_training_arguments(parser)
+    add_patchwise_argument(parser)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> None:
@@ -52,12 +55,12 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     train_judge(parser, config, folder)
     task = make_task(parser, config)
-    items = evaluate(task, model, data, trainer, folder)
+    with patchwise_as_asked(parser, model, config):
+        items = {**evaluate(task, model, data, trainer, folder), **model_items(model)}
     folder.write_metrics(
         {
             **run_items("test", config, started, trainer.strategy.root_device),
             **items,
-            **model_items(model),
         }
     )
     show(items, {**task.rows, "top-5": ("top5", "{:.4f}")})

@@ -31,8 +31,9 @@ from qat.search.sensitivity import Metric, check_target, log_likelihoods, parts
 from qat.spec import Operand
 
 Gradients = Float[Tensor, "images values"]
-Errors = Float[Tensor, "widths images values"]
-"""Weights have one error for all images, and 1 in place of their number."""
+Values = Float[Tensor, "rows values"]
+"""The operand: a row for each image, or one for all images where it is a weight."""
+Errors = Float[Tensor, "widths rows values"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class GradientMetric(Metric):
         return self.target == "labels"
 
     @abstractmethod
-    def score(
-        self, gradient: Gradients, value: Gradients, error: Errors
-    ) -> Float[Tensor, " widths"]:
+    def score(self, gradient: Gradients, value: Values, error: Errors) -> Float[Tensor, " widths"]:
         """Sum of the images' sensitivities, at each width."""
 
     def measure(
@@ -104,7 +103,7 @@ class GradientMetric(Metric):
         totals: dict[Slot, Tensor],
         slot: Slot,
         gradient: Gradients,
-        value: Gradients,
+        value: Values,
         error: Errors,
     ) -> None:
         totals[slot] = totals[slot] + self.score(gradient, value, error).double().cpu()
@@ -113,7 +112,7 @@ class GradientMetric(Metric):
 class TaylorRemoval(GradientMetric):
     """M1: the Taylor estimate of a removal's error, times the share that quantization removes."""
 
-    def score(self, gradient: Gradients, value: Gradients, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
         """Sum over images of `sum (g v)^2 * |e|^2 / |v|^2`."""
         removal = (gradient * value).square().sum(1)
         share = error.square().sum(2) / value.square().sum(1).clamp(min=1e-30)
@@ -123,7 +122,7 @@ class TaylorRemoval(GradientMetric):
 class FirstOrder(GradientMetric):
     """M3: the squared first-order change of the log-likelihood."""
 
-    def score(self, gradient: Gradients, value: Gradients, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
         """Sum over images of `(g . e)^2`."""
         if error.shape[1] == 1:
             return (error[:, 0] @ gradient.T).square().sum(1)
@@ -133,7 +132,7 @@ class FirstOrder(GradientMetric):
 class DiagonalFisher(GradientMetric):
     """M4: squared errors weighted by the diagonal of the Fisher information."""
 
-    def score(self, gradient: Gradients, value: Gradients, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
         """Sum over images of `sum (g e)^2`."""
         fisher = gradient.square()
         if error.shape[1] == 1:

@@ -1,0 +1,167 @@
+"""Accuracy at equal BOPs: uniform, random, greedy and frontier allocations, by several metrics.
+
+    python benchmarks/sensitivity.py --config C --out runs/metrics --seed 1
+    python benchmarks/allocation.py --config C --tables runs/metrics --seed 1 --out runs/a.csv
+
+Tables of sensitivities are those of the first draw of `benchmarks/sensitivity.py` with the same
+seed. Every plan is initialised anew on 32 images and evaluated on images that neither the tables
+nor the calibration have seen. Budgets are the BOPs of uniform plans. Rows that are in `--out`
+already are not run again.
+"""
+
+import argparse
+import csv
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sensitivity import unpack
+from torch import Tensor, nn
+
+from qat import convert_
+from qat.lightning.cli import make_parser
+from qat.lightning.commands.common import make_data, make_module
+from qat.models import num_classes_of
+from qat.plan import Plan
+from qat.preprocessing import expected_by
+from qat.search import pmq
+from qat.search.allocate import best
+from qat.search.baselines import at_random, greedy
+from qat.search.cost import cost
+from qat.search.sensitivity import monotone
+
+CHOICES = {
+    "random 0": ("M4", at_random, 0),
+    "random 1": ("M4", at_random, 1),
+    "greedy M4": ("M4", greedy, 0),
+    "M1 + DP": ("M1", best, 0),
+    "M4 + DP": ("M4", best, 0),
+    "M5 + DP": ("M5", best, 0),
+}
+
+
+def uniform(bits: int) -> Plan:
+    """`configs/plans/all_w8a8.yaml` at another width; the image keeps eight bits."""
+    rules = []
+    for rule in Plan.load("configs/plans/all_w8a8.yaml"):
+        specs = {op.value: replace(rule.spec(op), bits=bits) for op in rule.operands}
+        if rule.pattern == "patch_embed.proj":
+            specs["input"] = rule.input
+        rules.append(replace(rule, **specs))
+    return Plan(tuple(rules))
+
+
+class Bench:
+    """A recipe's model, its calibration images, and images to evaluate."""
+
+    def __init__(self, config: str, seed: int, limit: int) -> None:
+        parser, parsers = make_parser()
+        self.parser = parsers["quantize"]
+        words = ["quantize", "--config", config, "--data.num_calibration", "96"]
+        self.settings = parser.parse_args([*words, "--seed_everything", str(seed)])["quantize"]
+        self.settings.model.plan = None
+        self.make = make_module(
+            self.parser, parser.parse_args(words)["quantize"]
+        ).model.conversion.make_quantizer
+        module, data = (
+            make_module(self.parser, self.settings),
+            make_data(self.parser, self.settings),
+        )
+        data.attach(expected_by(module.model), num_classes_of(module.model))
+        self.initialise, self.journal = module.initialise, module.journal
+        # The first 32 judge metrics, the last 32 are the first draw, see benchmarks/sensitivity.py.
+        self.images = torch.cat(data.calibration_batches())[32:64]
+        found = [(x, y) for (x, y), _ in zip(data.val_dataloader(), range(limit), strict=False)]
+        self.batches, self.labels = [x for x, _ in found], torch.cat([y for _, y in found])
+        self.exact = self.logits(module.model.eval())
+
+    def model(self, plan: Plan) -> nn.Module:
+        """The float model, converted."""
+        model = make_module(self.parser, self.settings).model
+        convert_(model, plan, self.make)
+        return model
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module) -> Tensor:
+        """Of the images that are evaluated."""
+        return torch.cat([model(batch) for batch in self.batches])
+
+    def quantized(self, plan: Plan) -> nn.Module:
+        """The model under a plan, initialised as the recipe says."""
+        model = self.model(plan)
+        self.initialise(model, [self.images], self.journal)
+        return model.eval()
+
+    def row(self, model: nn.Module) -> dict[str, Any]:
+        """What a quantized model is worth, and costs."""
+        logits = self.logits(model)
+        error = (logits - self.exact).norm() / self.exact.norm()
+        log_p, log_q = self.exact.log_softmax(-1), logits.log_softmax(-1)
+        return {
+            "top1": (logits.argmax(1) == self.labels).float().mean().item(),
+            "agreement": (logits.argmax(1) == self.exact.argmax(1)).float().mean().item(),
+            "logit_error": error.item(),
+            "kl": (log_p.exp() * (log_p - log_q)).sum(1).mean().item(),
+            "bops": cost(model).bops,
+            "n_images": len(logits),
+        }
+
+
+def read_table(folder: Path, name: str) -> Any:
+    items = json.loads((folder / f"{name}_0.json").read_text())["table"]
+    return monotone(unpack(items[max(items, key=int)] if name == "M5" else items))
+
+
+def searched(bench: Bench, table: Any, budget: float, allocate: Any, seed: int) -> Plan:
+    template = bench.model(uniform(8))
+    costs, space = cost(template), pmq.Space()
+    task = pmq.problem(costs, table, space, "bops", pmq.cost_of("bops", None))
+    picks = allocate(task.components, budget - task.constant, seed)
+    return pmq.plan_of(template, pmq.chosen_bits(task.components, picks, costs, table), {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--tables", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6])
+    parser.add_argument("--limit", type=int, default=10**6, help="evaluation batches")
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(arguments.config, arguments.seed, arguments.limit)
+    done = set()
+    if arguments.out.exists():
+        with open(arguments.out, newline="") as file:
+            done = {(row["budget"], row["choice"]) for row in csv.DictReader(file)}
+    top1 = (bench.exact.argmax(1) == bench.labels).float().mean()
+    print(f"float top-1 {top1:.4f} of {len(bench.labels)}")
+    for bits in arguments.bits:
+        budget = cost(bench.model(uniform(bits))).bops
+        plans: dict[str, Any] = {"uniform": partial(uniform, bits)}
+        for name in arguments.choices:
+            metric, allocate, seed = CHOICES[name]
+            plans[name] = partial(
+                lambda m, *rest: searched(bench, read_table(arguments.tables, m), *rest),
+                metric, budget, allocate, seed,
+            )  # fmt: skip
+        for name, plan in plans.items():
+            if (f"w{bits}a{bits}", name) in done:
+                continue
+            row = {"budget": f"w{bits}a{bits}", "choice": name}
+            row |= bench.row(bench.quantized(plan()))
+            print(row, flush=True)
+            with open(arguments.out, "a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
