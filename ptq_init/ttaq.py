@@ -36,7 +36,7 @@ from qat.trainable import Rounding, Steps, Trainable, Weights
 
 @dataclass(frozen=True)
 class WeakPerturbation:
-    """Noise, blur, gain and offset at random, weaker than any corruption of the benchmark.
+    """Mild noise, blur, gain and offset, all at once and at random; no corruption of a benchmark.
 
     Attributes:
         noise: Largest deviation of normal noise, in units of the normalized pixels.
@@ -58,11 +58,11 @@ class WeakPerturbation:
             return (low + (high - low) * drawn).to(images)
 
         smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        x = torch.lerp(images, smooth, amounts(0, self.blur))
+        x = torch.lerp(images, smooth, amounts(0.0, self.blur))
         mean = x.mean((2, 3), keepdim=True)
         x = mean + (x - mean) * (1 + amounts(-self.gain, self.gain))
         noise = torch.randn(images.shape, generator=generator).to(images)
-        return x + amounts(-self.offset, self.offset) + amounts(0, self.noise) * noise
+        return x + amounts(-self.offset, self.offset) + amounts(0.0, self.noise) * noise
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from qat.terms import OutputError, Probe, QuantizedWeight, Step, Term
 
 Penalty = Callable[[QuantizedWeight], Tensor]
-POWER_ITERATIONS = 8
+POWER_ITERATIONS = 20
 
 
 def size(weight: QuantizedWeight) -> Tensor:
