@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ Batch = Tensor | tuple[Tensor, ...]
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
+@runtime_checkable
 class Initialiser(Protocol):
     """Sets quantizer state, or reparametrizes weights, and leaves phase QUANTIZE.
 
