@@ -76,7 +76,7 @@ class Hadamard(nn.Module):
 
     @property
     def macs_per_feature(self) -> int:
-        """Operations for each feature of a token: additions of a fast transform, counted as MACs."""
+        """Additions of a fast transform for each feature of a token, counted as MACs."""
         small = len(self.left)
         return (small if small > 1 else 0) + len(self.right).bit_length() - 1
 
