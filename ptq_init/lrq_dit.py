@@ -40,7 +40,7 @@ from qat.quantizers import Phase, set_phase
 from qat.rotation import Deal, Rule, block_size, dual_transformation, smoothing_scale
 from qat.transforms import Dual, Hadamard, Scaling, Transform, Transforms
 
-NUM_TOKENS = 1024
+NUM_TOKENS = 512
 """Tokens of each layer's input that rotations are found on."""
 
 

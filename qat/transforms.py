@@ -68,9 +68,11 @@ class Hadamard(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate, by the two Kronecker factors of the matrix."""
-        parts = (x * self.signs).unflatten(-1, (len(self.left), len(self.right)))
-        left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-        return (left.T @ parts @ right).flatten(-2)
+        x = x * self.signs.to(x.dtype)
+        if len(self.left) == 1:
+            return x @ self.right.to(x.dtype)
+        parts = x.unflatten(-1, (len(self.left), len(self.right)))
+        return (self.left.T.to(x.dtype) @ parts @ self.right.to(x.dtype)).flatten(-2)
 
     fold = forward
 

@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 from qat import checkpoint as files
 from qat.calibrate import Batch
 from qat.diffusion.judge import Judge
-from qat.diffusion.measure import Prediction, frechet, in_parts, judged, predict
+from qat.diffusion.measure import Prediction, Verdict, frechet, in_parts, judged, predict
 from qat.diffusion.sampling import ddim, ddpm, guided
 from qat.diffusion.schedule import NoiseSchedule
 from qat.lightning.data import VisionData
@@ -100,7 +100,7 @@ class Denoising(Task):
     sampling_steps: int = 20
     guidance: float = 1.0
     num_samples: int = 100
-    num_images: int = 128
+    num_images: int = 64
     num_times: int = 16
     num_groups: int = 4
     calibration_times: int = 8
@@ -195,10 +195,8 @@ class Denoising(Task):
             return Look(prediction, samples, asked, None, None)
         judge = files.load(self.judge).to(device)
         assert isinstance(judge, Judge)
-        verdict, truth = (
-            judged(judge, samples),
-            judged(judge, data.evaluation_images(None)[0].to(device)),
-        )
+        verdict = judged(judge, samples)
+        truth = _seen(self.judge, judge, data)
         distance = frechet(verdict.features, truth.features)
         return Look(prediction, samples, asked, verdict.classes, distance)
 
@@ -257,6 +255,15 @@ class Look:
 
 
 _FLOAT: dict[tuple[Denoising, int, str], Look] = {}
+_TRUTH: dict[str, Verdict] = {}
+
+
+def _seen(path: str, judge: Judge, data: VisionData) -> Verdict:
+    """What a judge sees in all real images; looked at once for all the models of a grid."""
+    if path not in _TRUTH:
+        images, _ = data.evaluation_images(None)
+        _TRUTH[path] = judged(judge, images.to(next(judge.parameters()).device))
+    return _TRUTH[path]
 
 
 def _remembered(task: Denoising, original: nn.Module, data: VisionData) -> Look:

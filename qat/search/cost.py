@@ -226,7 +226,7 @@ def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str
             counts["position"] += tensor.numel()
         else:
             counts["other"] += tensor.numel()
-            if tensor.ndim > 1:
+            if tensor.ndim > 1 and not isinstance(module, nn.Embedding):  # a look-up is free
                 uncounted.append(owner or key)
     return counts, tuple(dict.fromkeys(uncounted))
 
