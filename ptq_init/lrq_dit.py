@@ -40,7 +40,7 @@ from qat.quantizers import Phase, set_phase
 from qat.rotation import Deal, Rule, block_size, dual_transformation, smoothing_scale
 from qat.transforms import Dual, Hadamard, Scaling, Transform, Transforms
 
-NUM_TOKENS = 1024
+NUM_TOKENS = 512
 """Tokens of each layer's input that rotations are found on."""
 
 
@@ -161,21 +161,21 @@ class LRQDiT:
         seed = int(torch.randint(2**31, ()))
         generator = torch.Generator().manual_seed(seed)
         found = input_statistics(model, batch)
-        kinds = {}
+        chosen = []
         for name, (layer, statistics) in found.items():
             parts: list[Transform] = []
             if self.smooth:
-                parts.append(Scaling(smoothing_scale(layer.weight.detach(), statistics.largest)))
-                statistics.tokens = statistics.tokens * parts[0].scale
+                scaling = Scaling(smoothing_scale(layer.weight.detach(), statistics.largest))
+                statistics.tokens = scaling(statistics.tokens)
+                parts.append(scaling)
             if self.rotate is not None:
                 parts.append(self.rotate(statistics, generator))
             layer.transform_(Transforms(*parts))
-            kinds[name] = {
-                "layer": name,
-                "fluctuation": statistics.fluctuation,
-                "transform": " ".join(type(part).__name__.lower() for part in parts),
-            }
-        journal.note("transforms", list(kinds.values()))
+            kinds = " ".join(type(part).__name__.lower() for part in parts)
+            chosen.append(
+                {"layer": name, "fluctuation": statistics.fluctuation, "transform": kinds}
+            )
+        journal.note("transforms", chosen)
 
 
 @torch.no_grad()

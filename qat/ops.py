@@ -170,26 +170,30 @@ class _StraightThrough(Function):
     """Another value forward; the gradient of `x` where `inside`, zero elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, inside: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, out: Tensor, inside: Tensor | None) -> Tensor:
         ctx.save_for_backward(inside)
         return out.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
+        return grad if inside is None else grad * inside, None, None
 
 
 def straight_through(
-    x: Float[Tensor, "*shape"], out: Float[Tensor, "*shape"], inside: Bool[Tensor, "*shape"]
+    x: Float[Tensor, "*shape"],
+    out: Float[Tensor, "*shape"],
+    inside: Bool[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, "*shape"]:
     """The values `out` with the gradient of `x`, which is cut where not `inside`.
 
     Args:
         x: Real values, what `out` was computed from.
         out: Their values on a grid.
-        inside: Where the gradient passes.
+        inside: Where the gradient passes; None lets all of it pass.
     """
+    if not x.requires_grad:
+        return out
     return _StraightThrough.apply(x, out, inside)  # type: ignore[return-value]
 
 

@@ -68,15 +68,17 @@ class Hadamard(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate, by the two Kronecker factors of the matrix."""
-        parts = (x * self.signs).unflatten(-1, (len(self.left), len(self.right)))
-        left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-        return (left.T @ parts @ right).flatten(-2)
+        x = x * self.signs.to(x.dtype)
+        if len(self.left) == 1:
+            return x @ self.right.to(x.dtype)
+        parts = x.unflatten(-1, (len(self.left), len(self.right)))
+        return (self.left.T.to(x.dtype) @ parts @ self.right.to(x.dtype)).flatten(-2)
 
     fold = forward
 
     @property
     def macs_per_feature(self) -> int:
-        """Operations for each feature of a token: additions of a fast transform, counted as MACs."""
+        """Additions of a fast transform for each feature of a token, counted as MACs."""
         small = len(self.left)
         return (small if small > 1 else 0) + len(self.right).bit_length() - 1
 

@@ -9,12 +9,13 @@ time and class, and with gates a and modulations g, b that are linear in c and z
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from timm.layers import Mlp, PatchEmbed
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "identity": nn.Identity}
@@ -88,7 +89,7 @@ class DiTBlock(nn.Module):
     ) -> None:
         super().__init__()
         # Older timm knows no width of a head; it is named only where it is needed.
-        width = {} if head_dim is None else {"attn_head_dim": head_dim}
+        width: dict[str, Any] = {} if head_dim is None else {"attn_head_dim": head_dim}
         self.modulation = Modulation(dim, 6, modulation_act)
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)
         self.attn = Attention(dim, num_heads, qkv_bias=True, **width)

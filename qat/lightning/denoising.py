@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 from qat import checkpoint as files
 from qat.calibrate import Batch
 from qat.diffusion.judge import Judge
-from qat.diffusion.measure import Prediction, frechet, in_parts, judged, predict
+from qat.diffusion.measure import Prediction, Verdict, frechet, in_parts, judged, predict
 from qat.diffusion.sampling import ddim, ddpm, guided
 from qat.diffusion.schedule import NoiseSchedule
 from qat.lightning.data import VisionData
@@ -23,7 +23,7 @@ from qat.lightning.training import Training
 from qat.losses import Objective
 
 EVALUATION_SEED = 20_000
-"""Seeds evaluation noise and samples: the same for every model, draw and command."""
+"""With the seed of the run, seeds evaluation noise and samples: the same for every method."""
 
 
 class NoisePrediction(Training):
@@ -100,7 +100,7 @@ class Denoising(Task):
     sampling_steps: int = 20
     guidance: float = 1.0
     num_samples: int = 100
-    num_images: int = 128
+    num_images: int = 64
     num_times: int = 16
     num_groups: int = 4
     calibration_times: int = 8
@@ -185,7 +185,7 @@ class Denoising(Task):
     def _look(self, model: nn.Module, data: VisionData) -> "Look":
         device = next(model.parameters()).device
         images, labels = (x.to(device) for x in data.evaluation_images(self.num_images))
-        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + data.seed)
         prediction = predict(model, images, labels, self.schedule, self.num_times, generator)
         asked = torch.arange(self.num_samples, device=device) % int(model.num_classes)  # type: ignore[arg-type]
         shape = (self.num_samples, *images.shape[1:])
@@ -195,10 +195,8 @@ class Denoising(Task):
             return Look(prediction, samples, asked, None, None)
         judge = files.load(self.judge).to(device)
         assert isinstance(judge, Judge)
-        verdict, truth = (
-            judged(judge, samples),
-            judged(judge, data.evaluation_images(None)[0].to(device)),
-        )
+        verdict = judged(judge, samples)
+        truth = _seen(self.judge, judge, data)
         distance = frechet(verdict.features, truth.features)
         return Look(prediction, samples, asked, verdict.classes, distance)
 
@@ -242,7 +240,7 @@ class Look:
         size = task.schedule.num_steps // task.num_groups
         for first in range(0, size * task.num_groups, size):
             inside = (self.prediction.times >= first) & (self.prediction.times < first + size)
-            row = {"first": first, "last": first + size - 1}
+            row: dict[str, Any] = {"first": first, "last": first + size - 1}
             row["noise_error"] = float(self.prediction.errors()[inside].mean())
             if exact is not None:
                 row["noise_error_float"] = float(exact.prediction.errors()[inside].mean())
@@ -256,13 +254,21 @@ class Look:
         save_image(self.samples[:100] / 2 + 0.5, path, nrow=10)
 
 
-_FLOAT: dict[tuple[Denoising, str], Look] = {}
+_FLOAT: dict[tuple[Denoising, int, str], Look] = {}
+_TRUTH: dict[str, Verdict] = {}
+
+
+def _seen(path: str, judge: Judge, data: VisionData) -> Verdict:
+    """What a judge sees in all real images; looked at once for all the models of a grid."""
+    if path not in _TRUTH:
+        images, _ = data.evaluation_images(None)
+        _TRUTH[path] = judged(judge, images.to(next(judge.parameters()).device))
+    return _TRUTH[path]
 
 
 def _remembered(task: Denoising, original: nn.Module, data: VisionData) -> Look:
     """What the float model gives; looked at once for all the models that a grid makes of it."""
-    key = (task, files.digest(original.state_dict()))
+    key = (task, data.seed, files.digest(original.state_dict()))
     if key not in _FLOAT:
-        _FLOAT.clear()
         _FLOAT[key] = task._look(original, data)
     return _FLOAT[key]

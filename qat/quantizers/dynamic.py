@@ -55,8 +55,8 @@ class DynamicToken(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Nearest value of each token's grid; nothing is clipped, so all of the gradient passes."""
         scale, spec = self._scale(x), self.spec
-        out = ops.fake_quantize(x.detach(), scale, None, spec.qmin, spec.qmax)
-        return ops.straight_through(x, out, torch.ones_like(x, dtype=torch.bool))
+        codes = ops.quantize(x.detach(), scale, None, spec.qmin, spec.qmax)
+        return ops.straight_through(x, codes.mul_(scale))
 
     def codes(self, x: Tensor) -> Codes:
         """Codes, and the scale of each token."""

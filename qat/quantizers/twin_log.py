@@ -327,11 +327,13 @@ class TwinLog(Quantizer):
 
     def _indices(self, x: Tensor) -> Tensor:
         rows, grid = self._rows(x), self.grid
-        positive, negative = (
-            grid.positions(rows, side).round_().clamp_(0, size - 1)
-            for side, size in enumerate(self.sizes)
-        )
-        indices = torch.where(rows < 0, negative + self.sizes[0], positive)
+        below = rows < 0
+        positive = grid.positions(rows, 0).round_().clamp_(0, self.sizes[0] - 1)
+        if MODES[self.mode].shared:
+            indices = positive.add_(below, alpha=self.sizes[0])
+        else:
+            negative = grid.positions(rows, 1).round_().clamp_(0, self.sizes[1] - 1)
+            indices = torch.where(below, negative + self.sizes[0], positive)
         if not MODES[self.mode].shared:
             indices = torch.where(rows == 0, float(self.num_codes - 1), indices)
         return indices.reshape(x.shape)

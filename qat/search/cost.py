@@ -190,7 +190,7 @@ def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
         sites = [Site(name, kind, macs, bits, weight.numel(), num_scales)]
         if (transform := getattr(module, "input_transform", None)) is not None:
             macs = x.numel() * transform.macs_per_feature
-            sites.append(Site(f"{name}.input_transform", TRANSFORM, macs, (FLOAT_BITS,) * 2))
+            sites.append(Site(f"{name}.input_transform", TRANSFORM, macs, (FLOAT_BITS, FLOAT_BITS)))
         return sites
     windows, tokens, _ = x.shape
     macs = windows * tokens * tokens * module.qkv.out_features // 3
@@ -204,8 +204,8 @@ def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
 
 
 def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
-    groups = ("position", "norm", "bias", "quantizer", "transform", "other")
-    counts = dict.fromkeys(groups, 0)
+    groups: tuple[str, ...] = ("position", "norm", "bias", "quantizer", "transform", "other")
+    counts: dict[str, int] = dict.fromkeys(groups, 0)
     uncounted = []
     seen: set[int] = set()
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -230,7 +230,7 @@ def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str
             counts["position"] += tensor.numel()
         else:
             counts["other"] += tensor.numel()
-            if tensor.ndim > 1:
+            if tensor.ndim > 1 and not isinstance(module, nn.Embedding):  # a look-up is free
                 uncounted.append(owner or key)
     return counts, tuple(dict.fromkeys(uncounted))
 
