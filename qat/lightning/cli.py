@@ -69,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parser.parse_args(_with_save_dir(words))
     except (ArgumentError, TypeError) as error:
-        return _fail(f"{error}{_nearest_option(str(error), words, parsers)}", 2)
+        return _fail(f"{_plain(str(error))}{_nearest_option(str(error), words, parsers)}", 2)
     try:
         COMMANDS[config.command].run(parsers[config.command], config[config.command])
     except (ValueError, ArgumentError) as error:  # the latter from the recipe of a teacher
-        return _fail(error, 1)
+        return _fail(_plain(str(error)), 1)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -103,8 +103,19 @@ def _nearest_option(
     return nearest(found[1], known) if difflib.get_close_matches(found[1], known) else ""
 
 
-def _fail(error: object, status: int) -> int:
-    line = " ".join(str(error).split())
+def _plain(message: str) -> str:
+    """A message without the Python type that a missing class was meant to be."""
+    missing = r"key \"([\w.]+)\".*module '([\w.]+)' has no attribute '(\w+)'"
+    found = re.search(missing, message, re.DOTALL)
+    if not found:
+        return message
+    key, module, name = found.groups()
+    known = [known for known in vars(sys.modules[module]) if known[0].isupper()]
+    return f"{key}: '{module}' has no '{name}'{nearest(name, known)}"
+
+
+def _fail(message: str, status: int) -> int:
+    line = " ".join(message.split())
     print(f"error: {line[:700]}", file=sys.stderr)
     return status
 
