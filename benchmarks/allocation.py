@@ -27,6 +27,7 @@ from qat.lightning.commands.common import make_data, make_module
 from qat.models import num_classes_of
 from qat.plan import Plan
 from qat.preprocessing import expected_by
+from qat.quantizers import QuantizerFactory
 from qat.search import pmq
 from qat.search.allocate import best
 from qat.search.baselines import at_random, greedy
@@ -47,7 +48,9 @@ def uniform(bits: int) -> Plan:
     """`configs/plans/all_w8a8.yaml` at another width; the image keeps eight bits."""
     rules = []
     for rule in Plan.load("configs/plans/all_w8a8.yaml"):
-        specs = {op.value: replace(rule.spec(op), bits=bits) for op in rule.operands}
+        specs = {
+            op.value: replace(spec, bits=bits) for op in rule.operands if (spec := rule.spec(op))
+        }
         if rule.pattern == "patch_embed.proj":
             specs["input"] = rule.input
         rules.append(replace(rule, **specs))
@@ -63,9 +66,8 @@ class Bench:
         words = ["quantize", "--config", config, "--data.num_calibration", "96"]
         self.settings = parser.parse_args([*words, "--seed_everything", str(seed)])["quantize"]
         self.settings.model.plan = None
-        self.make = make_module(
-            self.parser, parser.parse_args(words)["quantize"]
-        ).model.conversion.make_quantizer
+        template: Any = make_module(self.parser, parser.parse_args(words)["quantize"]).model
+        self.make: QuantizerFactory = template.conversion.make_quantizer
         module, data = (
             make_module(self.parser, self.settings),
             make_data(self.parser, self.settings),

@@ -37,7 +37,7 @@ def shape(
 
 def seconds(count: int, left: Tensor, right: Tensor, rounds: int) -> float:
     """Median time of a product, `count` times."""
-    multiply = torch.matmul if left.is_floating_point() else torch._int_mm
+    multiply = torch.matmul if left.is_floating_point() else torch._int_mm  # type: ignore[attr-defined]
     found = []
     for _ in range(rounds):
         begun = time.perf_counter()

@@ -92,8 +92,9 @@ def cached(path: Path, compute: Any) -> dict[str, Any]:
 
 def correlation(table: Table, truth: Table, bits: int, weights: bool | None) -> tuple[float, float]:
     slots = [s for s in truth if weights is None or weights == (s.operand is Operand.WEIGHT)]
-    pair = [t[s][bits] for s in slots for t in (table,)], [truth[s][bits] for s in slots]
-    return float(kendalltau(*pair).statistic), float(spearmanr(*pair).statistic)
+    pair = [table[s][bits] for s in slots], [truth[s][bits] for s in slots]
+    found: list[Any] = [test(*pair) for test in (kendalltau, spearmanr)]
+    return float(found[0].statistic), float(found[1].statistic)
 
 
 def trace(model: nn.Module, probes: Any, images: Tensor, count: int) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--truth_bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--brief", action="store_true", help="leave M2 and other targets out")
     parser.add_argument("--m5_draws", type=int, default=1)
     parser.add_argument("--m5_samples", type=int, default=50)
     arguments = parser.parse_args()
@@ -135,12 +137,15 @@ def main() -> None:
     tables: dict[str, list[Table]] = {}
     seconds: dict[str, float] = {}
     path = arguments.out / "m6.json"
-    with probing(model, draws[0][:8], dict.fromkeys(slots, arguments.truth_bits), observer) as p:
+    with probing(
+        model, draws[0][:8], dict.fromkeys(slots, tuple(arguments.truth_bits)), observer
+    ) as p:
         truth = unpack(cached(path, lambda: pack(OutputDivergence()(model, p, judged)))["table"])
     print(f"M6: {json.loads(path.read_text())['seconds']:.0f} s for {arguments.truth_bits}")
     for index, images in enumerate(draws):
-        with probing(model, images[:8], dict.fromkeys(slots, range(2, 9)), observer) as p:
-            for name, metric in (METRICS | ({} if index else ONCE)).items():
+        more = {} if index or arguments.brief else ONCE
+        with probing(model, images[:8], dict.fromkeys(slots, tuple(range(2, 9))), observer) as p:
+            for name, metric in (METRICS | more).items():
                 path = arguments.out / f"{name.replace(' ', '_')}_{index}.json"
                 found = cached(path, lambda m=metric, p=p, x=images: pack(m(model, p, x)))
                 tables.setdefault(name, []).append(unpack(found["table"]))

@@ -47,7 +47,7 @@ def test_there_are_recipes_and_plans_to_try() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
     parser, _ = make_parser()
-    command = "quantize" if path.parent.name == "ptq" else "fit"
+    command = {"ptq": "quantize", "pmq": "search"}.get(path.parent.name, "fit")
     config = parser.parse_args([command, "--config", str(path)])[command]
     recipe = load_recipe(path)
     assert config.trainer.max_epochs == recipe.get("trainer", {}).get("max_epochs")

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qat.search.cost import Width
+
 CELLS = 2**14
 """Most cells of a frontier: resolution of the cost."""
 
@@ -31,7 +33,7 @@ class Option:
         loss: What it adds to the loss.
     """
 
-    bits: tuple[int, int]
+    bits: tuple[Width, Width]
     cost: float
     loss: float
 

@@ -13,6 +13,8 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.search.cost import Width
+
 COLUMNS = ("site", "left_bits", "right_bits", "seconds")
 
 
@@ -52,7 +54,7 @@ class LatencyTable:
             ) from None
         return LatencyTable(str(path), rows)
 
-    def seconds(self, site: str, bits: tuple[int, int]) -> float:
+    def seconds(self, site: str, bits: tuple[Width, Width]) -> float:
         """Seconds of a product.
 
         Raises:

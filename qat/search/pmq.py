@@ -28,7 +28,7 @@ from torch import nn
 from qat.plan import Plan, Rule
 from qat.quantizers import quantizers
 from qat.search.allocate import Component, Frontier, Option, Picks, totals
-from qat.search.cost import Cost, Site, cost
+from qat.search.cost import Cost, Site, Width, cost
 from qat.search.latency import LatencyTable
 from qat.search.probe import Slot, slot_of
 from qat.search.sensitivity import Table
@@ -50,7 +50,7 @@ class Space:
             One bit goes with one bit only, because products of bits need both operands binary.
 
     Raises:
-        ValueError: If a width is not 1 to 8, there is none, or the pairs are of no known kind.
+        ValueError: If a width is not 1 to 8, or there is none.
     """
 
     weights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -62,14 +62,12 @@ class Space:
             widths = getattr(self, name)
             if not widths or not all(1 <= bits <= 8 for bits in widths):
                 raise ValueError(f"search.{name} needs widths from 1 to 8, got {list(widths)}")
-        if self.pairs not in ("any", "equal"):
-            raise ValueError(f"search.pairs must be 'any' or 'equal', got '{self.pairs}'")
 
     def widths(self, operand: Operand) -> tuple[int, ...]:
         """Allowed widths of an operand, narrowest first."""
         return tuple(sorted(set(self.weights if operand is Operand.WEIGHT else self.activations)))
 
-    def allows(self, left: int, right: int) -> bool:
+    def allows(self, left: Width, right: Width) -> bool:
         """Whether the two operands of a product may have these widths."""
         if left == right:
             return True
@@ -152,11 +150,13 @@ def problem(costs: Cost, table: Table, space: Space, measure: Measure, price: Si
             constant += price(site)
             continue
         options = []
-        widths = [list(r) if r else [b] for r, b in zip(rows, site.bits, strict=True)]
-        for bits in product(*widths):
+        # An operand in float has one width, that of float, and no loss.
+        pair = zip(rows, site.bits, strict=True)
+        lefts, rights = (dict[Width, float](row or {bits: 0.0}) for row, bits in pair)
+        for bits in product(lefts, rights):
             if all(rows) and not space.allows(*bits):
                 continue
-            loss = sum(row[b] for row, b in zip(rows, bits, strict=True) if row)
+            loss = lefts[bits[0]] + rights[bits[1]]
             options.append(Option(bits, price(replace(site, bits=bits)), loss))
         if not options:
             raise ValueError(
@@ -203,7 +203,7 @@ def chosen_bits(
     found = {}
     for component, pick in zip(components, picks, strict=True):
         pair = zip(slots_of(sites[component.name]), component.options[pick].bits, strict=True)
-        found |= {slot: bits for slot, bits in pair if slot in table}
+        found |= {slot: int(bits) for slot, bits in pair if slot in table}
     return found
 
 

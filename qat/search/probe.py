@@ -149,9 +149,14 @@ def _at(
     return found if tensor is None else found.to(tensor.device)
 
 
+def _calibrate_on_sight(probe: nn.Module, inputs: tuple[Tensor]) -> None:
+    assert isinstance(probe, Probe)
+    probe.calibrate(inputs[0])
+
+
 def _calibrate(model: nn.Module, probes: Iterable[Probe], images: Tensor) -> None:
     """Show every probe its operand once; those of weights see it in the same forward pass."""
-    handles = [probe.register_forward_pre_hook(lambda p, x: p.calibrate(x[0])) for probe in probes]
+    handles = [probe.register_forward_pre_hook(_calibrate_on_sight) for probe in probes]
     try:
         with torch.no_grad():
             model(images)

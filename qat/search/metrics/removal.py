@@ -11,6 +11,7 @@ Provenance: *reconstruction*; later papers describe PMQ's metric as the error ca
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +32,10 @@ PRODUCTS = {
 def component_of(slot: Slot) -> str:
     """Name of the product that a slot is an operand of: a layer, or `<attention>.qk` or `.av`."""
     return slot.module + PRODUCTS.get(slot.operand, "")
+
+
+def _nothing(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return torch.zeros_like(out)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,13 @@ class Removal(Metric):
         """Omega by a forward pass without each component, and one to measure shares."""
         shares: dict[Slot, Tensor] = {}
 
-        def weigh(slot: Slot, probe: Probe, x: Tensor) -> None:
-            shares[slot] = probe.errors(x).flatten(1).square().sum(1) / x.square().sum()
+        def weigh(slot: Slot, probe: nn.Module, inputs: tuple[Tensor]) -> None:
+            assert isinstance(probe, Probe)
+            errors = probe.errors(inputs[0]).flatten(1).square().sum(1)
+            shares[slot] = errors / inputs[0].square().sum()
 
         handles = [
-            probe.register_forward_pre_hook(lambda p, x, slot=slot: weigh(slot, p, x[0]))
-            for slot, probe in probes.items()
+            probe.register_forward_pre_hook(partial(weigh, slot)) for slot, probe in probes.items()
         ]
         # Shares come from the first images, like the grids; all images decide on removals.
         model(images[: self.images_at_once])
@@ -69,7 +75,7 @@ class Removal(Metric):
         changes: dict[str, float] = {}
         for name in dict.fromkeys(map(component_of, probes)):
             module = model.get_submodule(name)
-            handle = module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+            handle = module.register_forward_hook(_nothing)
             changes[name] = (self._logits(model, images) - exact).square().sum(1).mean().item()
             handle.remove()
         return {
