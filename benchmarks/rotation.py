@@ -14,6 +14,7 @@ import copy
 from functools import partial
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +44,9 @@ METHODS: dict[str, tuple[QuantizerFactory, Rotate | None, bool]] = {
     "LRQ-DiT": (TwinLog, AdaptiveRotation(), False),
     "LRQ-DiT, smoothed": (TwinLog, AdaptiveRotation(), True),
     "LRQ-DiT, code mode, smoothed": (partial(TwinLog, mode="code"), AdaptiveRotation(), True),
+    "Hadamard, smoothed": (Affine, HadamardRotation(), True),
+    "dual, smoothed": (Affine, DualRotation(), True),
+    "Hadamard + TLQ, smoothed": (TwinLog, HadamardRotation(), True),
     "Hadamard + TLQ": (TwinLog, HadamardRotation(), False),
     "Hadamard + clipped": (CLIPPED, HadamardRotation(), False),
 }
@@ -131,7 +135,7 @@ def noisy(
     source = idx(images, labels, split=split)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randperm(len(source), generator=generator)[:count].tolist()
-    pixels = torch.stack([torch.tensor(list(source[i][0].getdata())).view(1, 28, 28) for i in draw])
+    pixels = torch.stack([torch.from_numpy(np.array(source[i][0]))[None] for i in draw])
     times = schedule.spread(count)[torch.randperm(count, generator=generator)]
     noise = torch.randn(pixels.shape, generator=generator)
     clean = pixels / 127.5 - 1
