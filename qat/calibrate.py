@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -98,8 +98,8 @@ def calibrate(
     _broadcast(model)
 
 
-def run(model: nn.Module, batch: Batch) -> Tensor:
-    """What the model makes of a batch."""
+def run(model: nn.Module, batch: Batch) -> Any:
+    """What the model makes of a batch; libraries wrap tensors in types of their own."""
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 

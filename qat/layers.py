@@ -30,6 +30,8 @@ class QuantLinear(nn.Module):
         input_quantizer: Quantizer of the input (..., in_features).
     """
 
+    input_transform: Transforms | None
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -42,7 +44,7 @@ class QuantLinear(nn.Module):
         self.bias = linear.bias
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
-        self.input_transform: Transforms | None = None
+        self.register_module("input_transform", None)
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Product of the quantized operands plus the float bias."""

@@ -1,6 +1,7 @@
 """Every recipe parses, every plan applies, every recipe whose data is at hand trains."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -11,8 +12,9 @@ import qat
 from qat import Plan
 from qat.lightning.cli import make_parser
 from qat.lightning.recipe import load_recipe
-from qat.quantizers import LSQ, quantizers
+from qat.quantizers import LSQ, DynamicToken, PerOperand, quantizers
 from tests import test_end_to_end as runs
+from tests.qat.diffusion.common import tiny_dit
 
 teacher = runs.teacher
 
@@ -21,9 +23,12 @@ PLANS = sorted((CONFIGS / "plans").glob("*.yaml"))
 PARTS = sorted(CONFIGS.glob("*/parts/*.yaml"))
 RECIPES = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set(PARTS))
 NEEDY = [path for path in RECIPES if "LOWBIT_ASSETS" in path.read_text()]
+NEEDY += sorted(set(CONFIGS.glob("dit/mnist_w*.yaml")))
 NEEDY += [path for path in RECIPES if path not in NEEDY and "cifar10" in path.name]
 AT_HAND = [path for path in RECIPES if path not in NEEDY and "imagenet" not in path.name]
-AT_HAND = [path for path in AT_HAND if path.parent.name != "ptq"]
+AT_HAND = [path for path in AT_HAND if path.parent.name not in ("ptq", "dit")]
+QUANTIZED = ("ptq", "dit")
+"""Folders whose recipes are for `quantize`, which reads all that `fit` does."""
 needs_assets = pytest.mark.skipif("LOWBIT_ASSETS" not in os.environ, reason="no LOWBIT_ASSETS")
 
 
@@ -47,7 +52,8 @@ def test_there_are_recipes_and_plans_to_try() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
     parser, _ = make_parser()
-    command = {"ptq": "quantize", "pmq": "search"}.get(path.parent.name, "fit")
+    command = "search" if path.parent.name == "pmq" else "fit"
+    command = "quantize" if path.parent.name in QUANTIZED else command
     config = parser.parse_args([command, "--config", str(path)])[command]
     recipe = load_recipe(path)
     assert config.trainer.max_epochs == recipe.get("trainer", {}).get("max_epochs")
@@ -64,7 +70,17 @@ def test_files_that_a_recipe_names_in_the_repository_exist(path: Path) -> None:
         assert name is None or (runs.ROOT / name).is_file()
 
 
-@pytest.mark.parametrize("path", [p for p in PLANS if "resnet" not in p.name], ids=_name)
+@pytest.mark.parametrize("path", [p for p in PLANS if p.stem.startswith("dit")], ids=_name)
+def test_plan_of_a_dit_quantizes_the_layers_of_its_blocks(path: Path) -> None:
+    model = tiny_dit()
+    qat.convert_(model, Plan.load(path), PerOperand(input=DynamicToken))
+    found = {name: (q.operand, q.spec.bits) for name, q in quantizers(model)}
+    weight, activation = (int(word) for word in re.findall(r"\d", path.stem))
+    assert len(found) == 2 * 2 * 4
+    assert set(found.values()) == {("weight", weight), ("input", activation)}
+
+
+@pytest.mark.parametrize("path", [p for p in PLANS if not p.stem.startswith(("dit", "resnet"))], ids=_name)
 def test_plan_applies_to_a_vit_without_an_idle_rule(path: Path, tiny_vit, images) -> None:
     if "binary" in path.name:
         from binaryvit import BinaryQuantizers
