@@ -19,7 +19,7 @@ from qat.tta import Adapter, Answer
 from qat.tta.parts import part, with_part
 from qat.tta.store import Store
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "position", "domain", "n_images", "n_refused", "error", "error_source", "outcome",
     "n_selected", "n_forward", "n_backward", "digest", "reason", "seconds", "seconds_source",
 )  # fmt: skip

@@ -79,6 +79,8 @@ class Store:
                 found.append((manifest["generation"], tensors, manifest["items"]))
             except (ValueError, OSError) as error:
                 problems.append(f"{path.name}: {error}")
+            except (KeyError, TypeError) as error:
+                problems.append(f"{path.name}: its manifest lacks {error}")
         if not found:
             raise ValueError(
                 f"no saved state in '{self.folder}' to continue from"
@@ -123,11 +125,12 @@ def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     line, _, rest = body.partition(b"\n")
     try:
         manifest = json.loads(line)
+        hashes = dict(manifest["sha256"])
         tensors = load(rest)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"it is damaged: {error}") from None
-    for name in tensors.keys() | manifest["sha256"].keys():
-        if name not in tensors or digest({name: tensors[name]}) != manifest["sha256"].get(name):
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"it is damaged: {type(error).__name__} {error}") from None
+    for name in tensors.keys() | hashes.keys():
+        if name not in tensors or digest({name: tensors[name]}) != hashes.get(name):
             raise ValueError(f"it is damaged: tensor '{name}' does not match its hash")
     return tensors, manifest
 

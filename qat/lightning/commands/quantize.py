@@ -101,7 +101,7 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     """Run every choice of the grid, each into a folder of its own; those that are done stay."""
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    for rows in run_grid(parser, config, folder, partial(quantize, parser)):  # noqa: B007
+    for rows in run_grid(parser, config, folder, partial(quantize, parser)):
         console.print(comparison_table(rows, list(config.grid)))
     first = {key: rows[0][key] for key in ("device", "torch_version", "top1_float", "n_images")}
     items = run_items("quantize", config, started, first["device"])
