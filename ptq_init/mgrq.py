@@ -20,21 +20,17 @@ with the same token-wise error. Provenance: **reconstruction** of OBWR, EBGS, IB
 fusion; no number of ours reproduces one of the paper's, whose tables were not available.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq_init.repq_vit import calibrate_channels, reparametrize_norms, rounded_mean_grid
-from qat.calibrate import finite, untouched_on_error
+from ptq_init.repq_vit import RepQViT
 from qat.journal import Journal
-from qat.quantizers import PercentileMSE
-from qat.reconstruct import Reconstruction
+from qat.reconstruct import Reconstruction, start_and_reconstruct
 from qat.terms import OutputError, Step, Term
 from qat.trainable import Rounding, Steps, Trainable, Weights
 
@@ -117,14 +113,9 @@ class MGRQ:
         self, model: nn.Module, batches: Iterable[Tensor], journal: Journal | None = None
     ) -> None:
         """Initialise a converted model; quantizers on the first images, training on all."""
-        images = torch.cat(list(finite(batches)))
-        first = images[: self.num_init]
-        observer = partial(PercentileMSE, per_token=self.per_token)
-        original = copy.deepcopy(model)
-        with untouched_on_error(model):
-            calibrate_channels(model, first, observer)
-            reparametrize_norms(model, first, rounded_mean_grid, observer)
-            self.reconstruction()(model, images, journal, original)
+        start = RepQViT("paper", self.per_token)
+        loop = self.reconstruction()
+        start_and_reconstruct(model, batches, start, self.num_init, loop, journal)
 
     def reconstruction(self) -> Reconstruction:
         """The engine with MGRQ's losses."""

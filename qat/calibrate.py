@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from qat.layers import quantized_weights
 from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
 
 
+@runtime_checkable
 class Initialiser(Protocol):
     """Sets quantizer state, or reparametrizes weights, and leaves phase QUANTIZE.
 

@@ -10,12 +10,13 @@ configurations of this one loop. Activation quantizers may be dropped at random,
 (QDrop, Wei et al., ICLR 2022, https://arxiv.org/abs/2203.05740).
 
 Memory: besides the model and its float copy, the activations of one stage boundary for all images:
-quantized inputs, float inputs and float outputs, `4 * 3 * images * tokens * dim` bytes; see
-`activation_bytes`. A ViT-Ti at 224 pixels keeps 0.45 MiB for each image.
+quantized inputs, float inputs and float outputs, `4 * 3 * images * tokens * dim` bytes, a third
+more where images are perturbed; see `activation_bytes`. A ViT-Ti at 224 pixels keeps 0.45 MiB for
+each image.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,14 +25,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.calibrate import Initialiser, finite, untouched_on_error
 from qat.journal import Journal
 from qat.quantizers import Phase, set_phase
-from qat.stage_data import StageData, dropped, linear_layers, tapped
+from qat.stage_data import StageData, dropped, linear_layers, tapped, weights_of
 from qat.stages import Stage, stages
 from qat.terms import Term
 from qat.trainable import Trainable
 
 EVALUATION_BATCH = 32
+
+Perturbation = Callable[[Tensor, torch.Generator], Tensor]
+"""From preprocessed images and a generator on the processor to perturbed ones."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Reconstruction:
         exact_inputs: Probability that a value of a stage's input is that of the float model while
             training. Without any, a stage learns to undo the noise of those before it, by heart
             where images are few.
+        perturb: Makes the second view of every image that some terms compare, once for the run.
         seed: Seeds the choice of images and drops, anew in each stage.
     """
 
@@ -61,6 +67,7 @@ class Reconstruction:
     normalise: bool = True
     drop: float = 0.0
     exact_inputs: float = 0.0
+    perturb: Perturbation | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,7 +107,10 @@ class Reconstruction:
         set_phase(original, Phase.FLOAT)
         original.eval().requires_grad_(False)
         chain, goal = stages(model), stages(original)
-        journal.note("activation_bytes", activation_bytes(goal, images))
+        view = None
+        if self.perturb is not None:
+            view = self.perturb(images, torch.Generator().manual_seed(self.seed))
+        journal.note("activation_bytes", activation_bytes(goal, images, view is not None))
         logits = _run(original, images)
         quantized = exact = images
         trainable = {p for p in model.parameters() if p.requires_grad}
@@ -113,13 +123,17 @@ class Reconstruction:
                 if state is None:
                     journal.begin(part, self.num_steps, len(chain) - index - 1)
                     rest = goal[index + 1 :]
-                    data = StageData(quantized, exact, target, logits, rest, self.exact_inputs)
+                    weights = weights_of(stage, quantized, view)
+                    data = StageData(
+                        quantized, view, exact, target, logits, rest, self.exact_inputs, weights
+                    )
                     generator = torch.Generator().manual_seed(self.seed * 1009 + index)
                     self._train(stage, reference, data, generator, partial(journal.step, part))
                     journal.finish(part, _state(stage))
                 else:
                     _restore(stage, state)
                 quantized, exact = _run(stage.forward, quantized), target
+                view = None if view is None else _run(stage.forward, view)
         finally:
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter in trainable)
@@ -181,13 +195,44 @@ class Reconstruction:
         return {name: self.weights[name] * ratio[name] for name in values}
 
 
-def activation_bytes(chain: list[Stage], images: Tensor) -> int:
-    """Bytes of the activations that are kept at the widest stage boundary, for all images."""
+def start_and_reconstruct(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    start: Initialiser,
+    num_start: int,
+    loop: Reconstruction,
+    journal: Journal | None,
+) -> None:
+    """Calibrate a converted model on the first images, then reconstruct it on all.
+
+    Args:
+        model: A converted model; as it was if anything raises.
+        batches: Preprocessed images.
+        start: Calibrates its quantizers.
+        num_start: How many images `start` gets.
+        loop: The reconstruction, towards the float model as it is now.
+        journal: Hears of the progress.
+    """
+    images = torch.cat(list(finite(batches)))
+    original = copy.deepcopy(model)
+    with untouched_on_error(model):
+        start(model, [images[:num_start]])
+        loop(model, images, journal, original)
+
+
+def activation_bytes(chain: list[Stage], images: Tensor, views: bool = False) -> int:
+    """Bytes of the activations that are kept at the widest stage boundary, for all images.
+
+    Args:
+        chain: Stages.
+        images: All images.
+        views: Whether the inputs of perturbed images are kept too.
+    """
     with torch.no_grad():
         x, widest = chain[0].forward(images[:1]), 0  # the images themselves are the caller's
         for stage in chain[1:]:
             y = stage.forward(x)
-            widest = max(widest, 2 * x.numel() + y.numel())
+            widest = max(widest, (3 if views else 2) * x.numel() + y.numel())
             x = y
     return 4 * widest * len(images)
 

@@ -7,22 +7,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.layers import quantized_weights, through
 from qat.quantizers import quantizers
 from qat.spec import Operand
 from qat.stages import Stage
-from qat.terms import Step
+from qat.terms import Probe, QuantizedWeight, Step
+
+SHIFT_IMAGES = 32
 
 
 @dataclass
 class StageData:
-    """All there is to draw training steps of one stage from."""
+    """All there is to draw training steps of one stage from.
+
+    Attributes:
+        quantized: Inputs of the stage from the quantized stages before it.
+        view: The same of the perturbed images, if there are any.
+        exact: Inputs from the float stages before it.
+        target: Outputs of the float stage on these.
+        logits: Logits of the float model.
+        rest: Float stages that follow.
+        exact_inputs: Probability that a value of an input is the exact one.
+        weights: Quantized weights of the stage.
+    """
 
     quantized: Tensor
+    view: Tensor | None
     exact: Tensor
     target: Tensor
     logits: Tensor
     rest: list[Stage]
     exact_inputs: float
+    weights: list[QuantizedWeight]
 
     def draw(
         self,
@@ -44,7 +60,15 @@ class StageData:
         if taps.pairs:
             with torch.no_grad():
                 reference.forward(self.exact[chosen])
-        return Step(output, self.target[chosen], self.logits[chosen], self._remainder, taps.read())
+        view = None if self.view is None else self.view[chosen]
+        return Step(
+            output,
+            self.target[chosen],
+            self.logits[chosen],
+            self._remainder,
+            taps.read(),
+            Probe(stage.forward, inputs, view, self.weights, not self.rest, generator),
+        )
 
     def _remainder(self, output: Tensor) -> Tensor:
         for stage in self.rest:
@@ -98,6 +122,42 @@ def dropped(stage: Stage, drop: float, generator: torch.Generator) -> Iterator[N
                     if quantizer.operand is not Operand.WEIGHT:
                         stack.callback(quantizer.register_forward_hook(mix).remove)
         yield
+
+
+@torch.no_grad()
+def weights_of(stage: Stage, clean: Tensor, view: Tensor | None) -> list[QuantizedWeight]:
+    """The quantized weights of a stage, and how much a perturbation moves what they multiply.
+
+    Args:
+        stage: The stage, before it is trained.
+        clean: Its inputs.
+        view: Its inputs when the images are perturbed.
+    """
+    layers = [top.get_submodule(n) for top in stage.modules for n, *_ in quantized_weights(top)]
+    seen: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen[layer].append(through(layer.input_quantizer, inputs[0]))  # type: ignore[arg-type]
+
+    if view is not None:
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(keep).remove)
+            for images in (clean, view):
+                stage.forward(images[:SHIFT_IMAGES])
+    return [
+        QuantizedWeight(layer, layer.weight.detach().clone(), _shift(layer, *seen[layer]))  # type: ignore[operator]
+        for layer in layers
+    ]
+
+
+def _shift(layer: nn.Module, *inputs: Tensor) -> Tensor | None:
+    """Mean squared difference of two inputs of a layer in each channel."""
+    if len(inputs) != 2:  # the stage does not call it, or there is but one view
+        return None
+    change = (inputs[1] - inputs[0]).square()
+    channels = 1 if hasattr(layer, "kernel_size") else change.ndim - 1
+    return change.mean([axis for axis in range(change.ndim) if axis != channels])
 
 
 def linear_layers(stage: Stage) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""A vision transformer as a chain of stages: embedding, blocks, classifier.
+"""A vision transformer or a ResNet as a chain of stages: embedding, blocks, classifier.
 
 Block reconstruction needs to run any stage alone and to run what follows it. Each stage maps one
 tensor to the next; their composition is the model.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -62,9 +63,25 @@ def swin_stages(model: SwinTransformer) -> list[Stage]:
     return [*stages, Stage("head", (model.norm, model.head), classify)]
 
 
+def resnet_stages(model: ResNet) -> list[Stage]:
+    """Stem, each residual block with its BatchNorms, then pooling and classifier."""
+
+    def stem(images: Tensor) -> Tensor:
+        return model.maxpool(model.act1(model.bn1(model.conv1(images))))
+
+    first = Stage("conv1", (model.conv1, model.bn1, model.act1, model.maxpool), stem)
+    blocks = [
+        Stage(f"layer{i}.{j}", (block,), block)
+        for i in range(1, 5)
+        for j, block in enumerate(model.get_submodule(f"layer{i}").children())
+    ]
+    return [first, *blocks, Stage("fc", (model.global_pool, model.fc), model.forward_head)]
+
+
 CHAINS: dict[type[nn.Module], Callable[..., list[Stage]]] = {
     VisionTransformer: vit_stages,
     SwinTransformer: swin_stages,
+    ResNet: resnet_stages,
 }
 
 

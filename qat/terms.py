@@ -5,8 +5,67 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from qat.layers import through
+
+
+@dataclass
+class QuantizedWeight:
+    """The weight of a layer in training.
+
+    Attributes:
+        layer: The layer.
+        start: Its latent weight when training of the stage began.
+        shift: Mean squared change of its quantized input under the perturbation of the images,
+            one value for each input channel; None without such a perturbation.
+    """
+
+    layer: nn.Module
+    start: Tensor
+    shift: Tensor | None
+
+    @property
+    def value(self) -> Tensor:
+        """The quantized weight, with gradients."""
+        return through(self.layer.weight_quantizer, self.layer.weight)  # type: ignore[arg-type]
+
+
+@dataclass
+class Probe:
+    """What a loss may do with the stage beside reading its output; nothing is done unasked.
+
+    Attributes:
+        run: The quantized stage, with its random drops.
+        inputs: Its inputs in this step.
+        view: Its inputs when the same images are perturbed; None without a perturbation.
+        weights: Its quantized weights.
+        last: Whether its output are the logits.
+        generator: For random numbers, on the processor.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    inputs: Tensor
+    view: Tensor | None
+    weights: list[QuantizedWeight]
+    last: bool
+    generator: torch.Generator
+
+    @cached_property
+    def view_output(self) -> Tensor:
+        """Output of the quantized stage on perturbed images; computed once, however many ask.
+
+        Raises:
+            ValueError: If the reconstruction has no perturbation.
+        """
+        if self.view is None:
+            raise ValueError(
+                "a term of the loss compares views, but the reconstruction perturbs no images; "
+                "set `perturb`"
+            )
+        return self.run(self.view)
 
 
 @dataclass
@@ -20,6 +79,7 @@ class Step:
         remainder: What follows the stage in the float model, up to the logits.
         layers: Of each linear layer in the stage, its output in the quantized and in the float
             stage; empty unless a term asks for it.
+        probe: Further runs of the quantized stage, and its weights.
     """
 
     output: Tensor
@@ -27,6 +87,7 @@ class Step:
     logits: Tensor
     remainder: Callable[[Tensor], Tensor]
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    probe: Probe | None = None
 
     @cached_property
     def output_logits(self) -> Tensor:
@@ -63,7 +124,10 @@ class OutputError:
 
     def __call__(self, step: Step) -> Tensor:
         """The mean over tokens and channels."""
-        output, target = step.output, step.target
+        return self.between(step.output, step.target)
+
+    def between(self, output: Tensor, target: Tensor) -> Tensor:
+        """The error of any output."""
         if self.scope == "token":
             output, target = (F.layer_norm(x, x.shape[-1:]) for x in (output, target))
             return F.mse_loss(output, target)

@@ -64,7 +64,7 @@ def test_files_that_a_recipe_names_in_the_repository_exist(path: Path) -> None:
         assert name is None or (runs.ROOT / name).is_file()
 
 
-@pytest.mark.parametrize("path", PLANS, ids=_name)
+@pytest.mark.parametrize("path", [p for p in PLANS if "resnet" not in p.name], ids=_name)
 def test_plan_applies_to_a_vit_without_an_idle_rule(path: Path, tiny_vit, images) -> None:
     if "binary" in path.name:
         from binaryvit import BinaryQuantizers

@@ -21,12 +21,12 @@ def read_rgb(read: Callable[[int], Image.Image], index: int) -> Image.Image:
         Unreadable: With the reason.
     """
     try:
-        image = read(index)
-        frames = getattr(image, "n_frames", 1)
-        if frames == 1 and image.mode in EIGHT_BIT:
-            return image.convert("RGB")
+        with read(index) as image:
+            frames, mode = getattr(image, "n_frames", 1), image.mode
+            if frames == 1 and mode in EIGHT_BIT:
+                return image.convert("RGB")
     except Exception as error:  # decoders of broken files raise anything
         raise Unreadable(f"image {index}: {type(error).__name__}: {error}") from error
     if frames > 1:
         raise Unreadable(f"image {index}: animated, {frames} frames; which one is meant is unknown")
-    raise Unreadable(f"image {index}: mode {image.mode}, expected 8 bits a channel")
+    raise Unreadable(f"image {index}: mode {mode}, expected 8 bits a channel")

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from ptq_init.dopq_vit import DopQViT
 from ptq_init.mgrq import MGRQ, GlobalSupervision, LocalSupervision
 from ptq_init.repq_vit import RepQViT
+from ptq_init.ttaq import TTAQ
 from qat import Phase, convert_
 from qat.calibrate import Initialiser
 from qat.journal import Journal
@@ -29,7 +30,9 @@ METHODS = [
     MGRQ(num_steps=3, batch_size=4),
     MGRQ(num_steps=3, batch_size=4, rounding="adaround", drop=0.5, normalise=False),
     DopQViT(num_steps=2, batch_size=4),
+    TTAQ(num_steps=2, batch_size=4, pem="C"),
 ]
+NAMES = ["mgrq", "adaround", "dopq", "ttaq"]
 BUILDS = [tiny_vit, tiny_swin]
 
 
@@ -89,13 +92,13 @@ def test_stages_cover_every_quantizer_once(build: Callable[[], nn.Module]) -> No
 
 
 def test_unknown_architecture_is_refused_and_untouched() -> None:
-    model = timm_model("resnet18", num_classes=4)
-    with pytest.raises(ValueError, match=r"ResNet.*SwinTransformer, VisionTransformer"):
+    model = timm_model("mobilenetv3_small_050", num_classes=4)
+    with pytest.raises(ValueError, match=r"MobileNetV3.*ResNet, SwinTransformer, VisionTransf"):
         stages(model)
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("method", METHODS, ids=["mgrq", "adaround", "dopq"])
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_method_runs_on_every_architecture_and_leaves_plain_quantizers(
     build: Callable[[], nn.Module], method: Initialiser
 ) -> None:
@@ -161,7 +164,7 @@ def test_targets_come_from_the_float_model_and_inputs_from_the_quantized_prefix(
     assert_close(seen[1].remainder(seen[1].target), seen[1].logits)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["mgrq", "adaround", "dopq"])
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_interrupted_method_leaves_the_model_untouched_and_resumes_to_the_same_weights(
     method: Initialiser,
 ) -> None:
@@ -307,6 +310,7 @@ def test_kept_activations_are_counted() -> None:
     loop(quantized, images(8), journal)
     assert journal.notes["activation_bytes"] == 4 * 3 * 8 * 17 * 24
     assert activation_bytes(stages(model), images(8)) == 4 * 3 * 8 * 17 * 24
+    assert activation_bytes(stages(model), images(8), views=True) == 4 * 4 * 8 * 17 * 24
 
 
 @pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"batch_size": 0}, {"drop": 1.0}])

@@ -68,9 +68,7 @@ def _disk(radius: float, alias: float) -> np.ndarray:
     return cv2.GaussianBlur(inside / inside.sum(), (side, side), alias)
 
 
-def _scatter(
-    height: int, width: int, reach: int, generator: np.random.Generator
-) -> np.ndarray:
+def _scatter(height: int, width: int, reach: int, generator: np.random.Generator) -> np.ndarray:
     """Which pixel each pixel takes its value from, numbered by rows; the borders stay.
 
     From the last pixel to the first, each copies what a near one holds by then: a copy, not the

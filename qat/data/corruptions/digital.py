@@ -53,11 +53,9 @@ def pixelate(image: np.ndarray, factor: float, generator: np.random.Generator) -
     return np.asarray(Image.fromarray(image).resize(small, box).resize((width, height), box))
 
 
-def jpeg_compression(
-    image: np.ndarray, quality: float, generator: np.random.Generator
-) -> np.ndarray:
+def jpeg_compression(image: np.ndarray, quality: int, generator: np.random.Generator) -> np.ndarray:
     """Saved as JPEG and read again."""
-    return jpeg_round_trip(image, int(quality))
+    return jpeg_round_trip(image, quality)
 
 
 def jpeg_round_trip(image: np.ndarray, quality: int) -> np.ndarray:

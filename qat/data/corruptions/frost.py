@@ -50,7 +50,7 @@ def _veins(generator: np.random.Generator) -> np.ndarray:
 
 
 def _clouds(
-    roughness: float, generator: np.random.Generator, low: float = 1, high: float = SIDE
+    roughness: float, generator: np.random.Generator, low: int = 1, high: int = SIDE
 ) -> np.ndarray:
     """Noise of unit variance with waves from `low` to `high` a side, fading as their number."""
     waves = np.hypot(*np.meshgrid(*[np.fft.fftfreq(SIDE, 1 / SIDE)] * 2))

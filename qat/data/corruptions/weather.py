@@ -57,7 +57,7 @@ def fog(
 ) -> np.ndarray:
     """A fractal cloud is added, and the sum scaled back to the brightest value of the image."""
     height, width = image.shape[:2]
-    side = max(int(side), 1 << (max(height, width) - 1).bit_length())
+    side = max(side, 1 << (max(height, width) - 1).bit_length())
     cloud = 255 * amount * plasma(side, decay, generator)[:height, :width, None]
     brightest = image.max() / 255
     return (image + cloud) * (brightest / (brightest + amount))
@@ -79,21 +79,25 @@ def plasma(side: int, decay: float, generator: np.random.Generator) -> np.ndarra
     step, amplitude = side, 100.0
     while step > 1:
         half = step // 2
-
-        def displaced(total: np.ndarray, amplitude: float = amplitude) -> np.ndarray:
-            noise = generator.uniform(-amplitude, amplitude, total.shape)
-            return total / 4 + amplitude * noise
-
         corners = field[::step, ::step]
         pairs = corners + np.roll(corners, -1, 0)
-        centres = displaced(pairs + np.roll(pairs, -1, 1))
+        centres = _displaced(pairs + np.roll(pairs, -1, 1), amplitude, generator)
         field[half::step, half::step] = centres
-        field[::step, half::step] = displaced(
-            centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1)
+        field[::step, half::step] = _displaced(
+            centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1),
+            amplitude,
+            generator,
         )
-        field[half::step, ::step] = displaced(
-            centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0)
+        field[half::step, ::step] = _displaced(
+            centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0),
+            amplitude,
+            generator,
         )
         step, amplitude = half, amplitude / decay
     field -= field.min()
     return field / field.max()
+
+
+def _displaced(total: np.ndarray, amplitude: float, generator: np.random.Generator) -> np.ndarray:
+    """The mean of four neighbours, given their sum, plus noise."""
+    return total / 4 + amplitude * generator.uniform(-amplitude, amplitude, total.shape)
