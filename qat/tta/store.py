@@ -103,7 +103,8 @@ class Store:
 
 def pack(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
     """The bytes of a generation."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Copies, because states share tensors with each other and the format allows none to.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     hashes = {name: digest({name: value}) for name, value in tensors.items()}
     line = json.dumps({**manifest, "sha256": hashes}, sort_keys=True).encode()
     body = line + b"\n" + save(tensors)

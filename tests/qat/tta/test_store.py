@@ -185,6 +185,15 @@ def test_failing_disk_leaves_the_last_good_state_and_a_later_save_works(
     assert Store(tmp_path, IDENTITY).load()[1] == {"position": 4}
 
 
+def test_tensors_that_share_memory_come_back_apart(tmp_path: Path) -> None:
+    one = torch.arange(4.0)
+    Store(tmp_path, IDENTITY).save({"a": one, "b": one, "c": one[:2]}, {})
+    found = Store(tmp_path, IDENTITY).load()[0]
+    assert torch.equal(found["a"], one) and torch.equal(found["c"], one[:2])
+    found["a"].zero_()
+    assert torch.equal(found["b"], one)
+
+
 def test_tensor_types_survive(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {
         str(dtype): torch.tensor([0, 1, 1]).to(dtype)
