@@ -80,7 +80,9 @@ def test_plan_of_a_dit_quantizes_the_layers_of_its_blocks(path: Path) -> None:
     assert set(found.values()) == {("weight", weight), ("input", activation)}
 
 
-@pytest.mark.parametrize("path", [p for p in PLANS if not p.stem.startswith(("dit", "resnet"))], ids=_name)
+@pytest.mark.parametrize(
+    "path", [p for p in PLANS if not p.stem.startswith(("dit", "resnet"))], ids=_name
+)
 def test_plan_applies_to_a_vit_without_an_idle_rule(path: Path, tiny_vit, images) -> None:
     if "binary" in path.name:
         from binaryvit import BinaryQuantizers

@@ -19,7 +19,7 @@ from qat.tta import Adapter, Answer
 from qat.tta.parts import part, with_part
 from qat.tta.store import Store
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "position", "domain", "n_images", "n_refused", "error", "error_source", "outcome",
     "n_selected", "n_forward", "n_backward", "digest", "reason", "seconds", "seconds_source",
 )  # fmt: skip
@@ -54,7 +54,7 @@ class Adaptation:
         """
         tensors, items, problems = self.store.load()
         counts = items["counts"]
-        self.adapter.load_state_dict({"state": part(tensors, "method"), "counts": counts})
+        self.adapter.load_state_dict({"state": part(tensors, "adapter"), "counts": counts})
         self.scores.tensors = dict(part(tensors, "scores"))
         self.seconds, self.num_unsaved = items["seconds"], items["num_unsaved"]
         self.first_failure = items["first_failure"]
@@ -119,7 +119,7 @@ class Adaptation:
     def _save(self) -> None:
         """Save everything as one; a disk that fails does not stop the stream."""
         saved = self.adapter.state_dict()
-        tensors = with_part(with_part({}, "method", saved["state"]), "scores", self.scores.tensors)
+        tensors = with_part(with_part({}, "adapter", saved["state"]), "scores", self.scores.tensors)
         items = {
             "counts": saved["counts"],
             "seconds": self.seconds,

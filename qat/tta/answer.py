@@ -8,7 +8,7 @@ because zero times NaN is NaN in the backward pass. A batch of the wrong form is
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -113,7 +113,7 @@ class Intake:
         ]
         return Intake(preprocessing.input_size, 2 * max(ends))
 
-    def admit(self, images: Tensor, like: Tensor) -> Tensor:
+    def admit(self, images: Any, like: Tensor) -> Tensor:
         """The batch in the model's dtype, detached and contiguous.
 
         Other floating types are converted, which a refusal of the rows that overflow follows.

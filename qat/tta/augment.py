@@ -59,7 +59,7 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     n = len(pixels)
     angle = _uniform(n, -pi / 12, pi / 12, generator).flatten()
     scale = 1 / _uniform(n, 0.9, 1.1, generator).flatten()
-    mirror = torch.where(_uniform(n, 0, 1, generator).flatten() < 0.5, -1.0, 1.0)
+    mirror = torch.where(_uniform(n, 0.0, 1.0, generator).flatten() < 0.5, -1.0, 1.0)
     # A shift by 1/16 of the side is 1/8 in coordinates that run from -1 to 1.
     across, down = (_uniform(n, -0.125, 0.125, generator).flatten() for _ in range(2))
     cos, sin = scale * angle.cos(), scale * angle.sin()

@@ -1,4 +1,4 @@
-"""The seam at which class balance enters a loss: what a method calls for entropy and cross-entropy."""
+"""Where class balance enters a loss: what methods call for entropy and cross-entropy."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Methods of test-time adaptation, and the adapter that runs one on a stream.
 
 A *method* is a frozen value: which parameters it adapts, how its state starts, and how one step
-makes a new state from an old one. It keeps nothing itself. An *adapter* runs a method on a model: it
-holds the state, refuses bad rows, and makes every step a transaction. Because a step never changes
-the state that it is given, rolling back means not taking the new one.
+makes a new state from an old one. It keeps nothing itself. An *adapter* runs a method on a model:
+it holds the state, refuses bad rows, and makes every step a transaction. Because a step never
+changes the state that it is given, rolling back means not taking the new one.
 """
 
 from abc import ABC, abstractmethod
@@ -152,7 +152,7 @@ class Adapter:
         """What was done so far."""
         return self._now[1]
 
-    def adapt(self, images: Tensor) -> Answer:
+    def adapt(self, images: Any) -> Answer:
         """Answer a batch of images and adapt to it.
 
         Args:
@@ -177,7 +177,7 @@ class Adapter:
         self._now = (state, self.counts.plus(answer))
         return answer
 
-    def source(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c"]:
+    def source(self, images: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n c"]:
         """Logits of the model as it was before any adaptation."""
         with torch.no_grad():
             return self.on(self.own, images)
@@ -216,31 +216,36 @@ class Adapter:
 
     def _answer(self, images: Tensor) -> tuple[Answer, State]:
         """The answer to rows that were taken in, and the state to go on with."""
+        watch = part(self.state, "guard")
+        if self.guard is not None and self.guard.pauses(watch):
+            state = with_part(self.state, "guard", self.guard.resume(watch))
+            step = Step(self.source(images), {}, num_forward=len(images))
+            return _answer(step, Outcome.SKIPPED, "pause after a collapse"), state
         step, outcome, reason = self._attempt(images)
-        logits, forward = step.logits, step.num_forward
-        state = self.initial if outcome is Outcome.RESET else with_part(self.state, "method", step.state)
-        if self.guard is not None or not logits.isfinite().all():
+        state = with_part(self.state, "method", step.state)
+        if outcome is Outcome.RESET:
+            state = with_part(self.initial, "guard", watch)
+        if self.guard is not None or not step.logits.isfinite().all():
             source = self.source(images)
-            forward += len(images)
-            collapse, guarded = "", {}
-            if not logits[source.isfinite().all(1)].isfinite().all():
-                collapse = "the adapted model gives no finite answer where the original does"
-            elif self.guard is not None:
-                valid = logits.isfinite().all(1)
-                verdict = self.guard.judge(part(state, "guard"), source[valid], logits[valid])
-                collapse, guarded = verdict.collapse, verdict.state
-                logits = logits.masked_scatter(valid[:, None], verdict.logits)
+            step = replace(step, num_forward=step.num_forward + len(images))
+            logits, watch, collapse = self._compare(source, step.logits, watch)
+            step = replace(step, logits=logits)
+            state = with_part(state, "guard", watch)
             if collapse:
-                logits, state, outcome, reason = source, self.initial, Outcome.RESET, collapse
-            elif guarded:
-                state = with_part(state, "guard", guarded)
-        valid = logits.isfinite().all(1)
-        refusals = tuple(None if ok else "unanswerable" for ok in valid.tolist())
-        logits = logits.masked_fill(~valid[:, None], torch.nan)
-        answer = Answer(
-            logits, refusals, outcome, reason, step.num_selected, forward, step.num_backward
-        )
-        return answer, state
+                state, outcome = with_part(self.initial, "guard", watch), Outcome.RESET
+                reason = collapse
+        return _answer(step, outcome, reason), state
+
+    def _compare(self, source: Tensor, adapted: Tensor, watch: State) -> tuple[Tensor, State, str]:
+        """Answers held against the original's; the guard's state; what shows a collapse."""
+        if not adapted[source.isfinite().all(1)].isfinite().all():
+            after = watch if self.guard is None else self.guard.after_collapse(watch)
+            return source, after, "no finite answer where the original has one"
+        valid = adapted.isfinite().all(1)
+        if self.guard is None or not valid.any():
+            return adapted, watch, ""
+        verdict = self.guard.judge(watch, source[valid], adapted[valid])
+        return scattered(verdict.logits, valid), verdict.state, verdict.collapse
 
     def _attempt(self, images: Tensor) -> tuple[Step, Outcome, str]:
         """One step; where it fails in any way, an answer by the state before it."""
@@ -262,6 +267,20 @@ class Adapter:
         with torch.no_grad():
             logits = self.method.predict(self.on, before, images)
         return Step(logits, before, num_forward=len(images)), Outcome.ROLLED_BACK, failure
+
+
+def _answer(step: Step, outcome: Outcome, reason: str) -> Answer:
+    """The answer that a step amounts to; rows without finite logits are refused."""
+    valid = step.logits.isfinite().all(1)
+    return Answer(
+        step.logits.masked_fill(~valid[:, None], torch.nan),
+        tuple(None if ok else "unanswerable" for ok in valid.tolist()),
+        outcome,
+        reason,
+        step.num_selected,
+        step.num_forward,
+        step.num_backward,
+    )
 
 
 def changed(before: State, after: State) -> State:

@@ -3,17 +3,17 @@
 Wang, Fink, Van Gool, Dai. CVPR 2022. https://arxiv.org/abs/2203.13591
 
     teacher   t <- 0.999 t + 0.001 s after every step
-    target    softmax of the teacher's logits; where the original model's mean confidence on the batch
-              is below `threshold`, of their mean over `views` random views of the images
+    target    softmax of the teacher's logits; where the original model's mean confidence on the
+              batch is below `threshold`, of their mean over `views` random views of the images
     loss      cross-entropy of the student with the target
     restore   after every step each parameter of the student returns to its start with
               probability `restore`
     answer    the logits that the target came from
 
 Settings: CIFAR-10 threshold 0.92, restore 0.01, Adam 1e-3, 32 views; ImageNet 0.1, 0.001, SGD 0.01.
-Deviations: normalization parameters are trained unless `adapts_all` is set, which the paper trains (then
-weights move straight through their rounding); the symmetric loss of the ImageNet version is not
-offered. Provenance: the authors' code, commit c212a20, whose settings differ from its defaults.
+Deviations: only normalization is trained unless `adapts_all` is set, as in the paper (then weights
+move straight through their rounding); the symmetric loss of the ImageNet version is not offered.
+Provenance: the authors' code, commit c212a20, whose settings differ from its defaults.
 """
 
 from collections.abc import Iterable

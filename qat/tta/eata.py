@@ -11,7 +11,8 @@ Niu, Wu, Zhang, Chen, Zheng, Zhao, Tan. ICML 2022. https://arxiv.org/abs/2204.02
 
 Settings: d 0.05 for 1000 classes, 0.4 for 10; alpha 2000 for ImageNet, 1 for CIFAR-10.
 Deviations: F comes from the calibration images, 32 in the recipes where the paper has 2,000; the
-official reset keeps m, here it is state like all else. Provenance: the authors' code, commit f739b36.
+official reset keeps m, here it is state like all else.
+Provenance: the authors' code, commit f739b36.
 """
 
 from collections.abc import Iterable

@@ -2,8 +2,8 @@
 
 Niu, Miao, Chen, Wu, Zhao. ICML 2024. https://arxiv.org/abs/2404.01650
 
-    searched  `prompts` tokens behind the class token, by CMA-ES over `population` candidates a batch,
-              of which one is the present mean
+    searched  `prompts` tokens behind the class token, by CMA-ES over `population` candidates a
+              batch, of which one is the present mean
     fitness   sum of H(p) + `weight` n / 64 sum over blocks of the squared distance of mean and
               standard deviation of the class token from those on clean images
     answer    of the best candidate, the classifier's input shifted by the clean mean less a running

@@ -28,8 +28,8 @@ class GradientMethod(Method):
             the rest its own. No effect on other normalization, which has none.
     """
 
-    optimizer: Optimizer = SGD()
-    balance: Balance = Plain()
+    optimizer: Optimizer = SGD()  # noqa: RUF009 - a frozen value
+    balance: Balance = Plain()  # noqa: RUF009 - a frozen value
     prior: int = 0
 
     def parameters(self, model: nn.Module) -> list[str]:

@@ -2,15 +2,21 @@
 
 The original answers every batch too, at the cost of one more forward pass. That gives a reference
 without labels: a stream sorted by class makes both models predict one class, a collapse only the
-adapted one.
+adapted one. Running means over about `window` images:
 
-    collapse   H(f_source) - H(f_adapted) > `diversity`, in nats, f = running frequency of
-               predicted classes; or the running share of confident answers of the original that
-               the adapted model contradicts exceeds `conflict`
-    answer     z_source + w (sd(z_source) / sd(z_adapted)) z_adapted, over 1 + w: the mean of both,
-               at equal scale because adaptation by entropy inflates logits
+    contradiction   share of answers that differ, less the original's own doubt, 1 - max p; above
+                    `margin` the adapted model contradicts what the original is sure of
+    diversity       H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes; above
+                    `diversity` the adapted model has stopped to tell classes apart
 
-Not from a paper; the figures that chose the settings are in docs/log.md.
+Either is a collapse: the method starts anew, the batch gets the original's answer, and adaptation
+pauses, `pause` batches after the first collapse, twice as many after each further one. Else
+
+    answer   (z_source + w (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + w)
+
+the mean of both at equal scale, because adaptation by entropy inflates logits.
+
+Not from a paper. The figures behind the settings are in docs/log.md.
 """
 
 from dataclasses import dataclass
@@ -40,53 +46,74 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Guard:
-    """Mixes answers with the original's and detects collapse.
+    """Mixes answers with the original's and undoes collapse.
 
     Attributes:
         weight: Weight w of the adapted model's logits, that of the original being 1.
-        window: Images over which frequencies are kept.
+        window: Images over which means run.
+        margin: Share of answers that may differ beyond the original's doubt.
         diversity: Entropy, in nats, that predictions may lose against the original's.
-        conflict: Share of the original's confident answers that may be contradicted.
-        confident: Probability from which an answer of the original is confident.
+        pause: Batches without adaptation after the first collapse.
     """
 
     weight: float = 1.0
-    window: int = 200
+    window: int = 100
+    margin: float = 0.15
     diversity: float = 0.5
-    conflict: float = 0.25
-    confident: float = 0.7
+    pause: int = 8
 
     def start(self, num_classes: int) -> State:
         """Nothing seen."""
-        uniform = torch.full((num_classes,), 1 / num_classes)
-        return {"source": uniform, "adapted": uniform, "conflict": torch.zeros(())}
+        zero, uniform = torch.zeros(()), torch.full((num_classes,), 1 / num_classes)
+        return {
+            "source": uniform,
+            "adapted": uniform,
+            "contradiction": zero,
+            "collapses": zero,
+            "pause": zero,
+        }
+
+    def pauses(self, state: State) -> bool:
+        """Whether the batch is to be answered by the original, without adapting."""
+        return bool(state["pause"] > 0)
+
+    def resume(self, state: State) -> State:
+        """The state after a batch of a pause."""
+        return {**state, "pause": state["pause"] - 1}
 
     def judge(
         self, state: State, source: Float[Tensor, "n c"], adapted: Float[Tensor, "n c"]
     ) -> Verdict:
         """Compare the answers of both models to a batch."""
         new = self._observe(state, source, adapted)
-        logits = mixed(source, adapted, self.weight)
         lost = float(entropy_of(new["source"]) - entropy_of(new["adapted"]))
-        if lost > self.diversity:
-            return Verdict(logits, new, f"predictions lost {lost:.2f} nats of diversity")
-        if (share := float(new["conflict"])) > self.conflict:
-            return Verdict(logits, new, f"{share:.0%} of confident answers are contradicted")
-        return Verdict(logits, new)
+        excess = float(new["contradiction"])
+        if lost <= self.diversity and excess <= self.margin:
+            return Verdict(mixed(source, adapted, self.weight), new)
+        why = (
+            f"predictions have lost {lost:.2f} nats of diversity"
+            if lost > self.diversity
+            else f"{excess:.0%} of the answers contradict the original beyond its doubt"
+        )
+        return Verdict(source, self.after_collapse(new), why)
+
+    def after_collapse(self, state: State) -> State:
+        """Nothing seen but the number of collapses, and a pause ahead."""
+        collapses = state["collapses"]
+        fresh = self.start(len(state["source"]))
+        return {**fresh, "collapses": collapses + 1, "pause": self.pause * 2**collapses}
 
     def _observe(self, state: State, source: Tensor, adapted: Tensor) -> State:
         num_classes = source.shape[1]
         share = 1 - (1 - 1 / self.window) ** len(source)
         first, second = source.argmax(1), adapted.argmax(1)
-        histograms = {
-            name: torch.bincount(classes, minlength=num_classes) / len(classes)
-            for name, classes in (("source", first), ("adapted", second))
+        doubt = 1 - source.softmax(1).amax(1)
+        seen = {
+            "source": torch.bincount(first, minlength=num_classes) / len(first),
+            "adapted": torch.bincount(second, minlength=num_classes) / len(first),
+            "contradiction": ((first != second).float() - doubt).mean().clamp(min=-self.margin),
         }
-        new = {key: moved(state[key], seen, share) for key, seen in histograms.items()}
-        sure = source.softmax(1).amax(1) > self.confident
-        rate = 1 - (1 - 1 / self.window) ** float(sure.sum())
-        contradicted = ((first != second) & sure).sum() / sure.sum().clamp(min=1)
-        return {**new, "conflict": moved(state["conflict"], contradicted, rate)}
+        return {**state, **{key: moved(state[key], value, share) for key, value in seen.items()}}
 
 
 def mixed(

@@ -80,13 +80,13 @@ def corrected(
     log_p: Float[Tensor, "n c"], affinity: Float[Tensor, "n n"], max_iterations: int = 100
 ) -> Float[Tensor, "n c"]:
     """Log-probabilities at the fixed point of the iteration."""
-    log_y, last = log_p, torch.inf
-    for _ in range(max_iterations):
+    log_y, last = log_p, 0.0
+    for iteration in range(max_iterations):
         pull = affinity @ log_y.exp()
         log_y = (log_p + pull).log_softmax(1)
         y = log_y.exp()
         energy = float((y * (log_y - log_p - affinity @ y)).sum())
-        if abs(energy - last) <= 1e-8 * abs(last):
+        if iteration and abs(energy - last) <= 1e-8 * abs(last):
             break
         last = energy
     return log_y

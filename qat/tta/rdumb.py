@@ -29,7 +29,7 @@ class RDumb(Method):
         period: Batches between two resets.
     """
 
-    method: Method = EATA(anchor=0.0)
+    method: Method = EATA(anchor=0.0)  # noqa: RUF009 - a frozen value
     period: int = 1000
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ Yuan, Xie, Li. CVPR 2023. https://arxiv.org/abs/2303.13899
     teacher  t <- 0.999 t + 0.001 s; answers
     norm     batch normalization by running statistics that move by 0.05 towards the memory's
 
-Settings: Adam 1e-3. Deviations: LayerNorm and GroupNorm are trained too; teacher and student share the
-running statistics. Provenance: the authors' code, commit 67e34c9.
+Settings: Adam 1e-3. Deviations: LayerNorm and GroupNorm are trained too; teacher and student share
+the running statistics. Provenance: the authors' code, commit 67e34c9.
 """
 
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ class RoTTA(GradientMethod):
         statistics: Share of the memory in the running statistics of batch normalization.
     """
 
-    optimizer: Optimizer = Adam()
+    optimizer: Optimizer = Adam()  # noqa: RUF009 - a frozen value
     capacity: int = 64
     follow: float = 0.001
     statistics: float = 0.05

@@ -4,14 +4,15 @@ Niu, Wu, Zhang, Wen, Chen, Zhao, Tan. ICLR 2023. https://arxiv.org/abs/2302.1240
 
     kept     H(p) < E0 = margin ln C
     climb    theta' = theta + rho g / |g|, g the gradient of the mean entropy of the kept
-    step     by the gradient at theta' of the mean entropy of those kept that are below E0 there too,
-             taken from theta
+    step     from theta, by the gradient at theta' of the mean entropy of those kept that are below
+             E0 there too
     recover  e <- 0.9 e + 0.1 loss at theta'; start anew if e < `floor`
     trained  normalization of all but the last quarter of the stages
 
-Deviations: the stages are found by structure, the official code goes by timm's names. In the official
-code the floor is fixed at 0.2 whatever is set, e survives the reset that it causes, and momentum
-moves the weights where nothing was kept; not so here. Provenance: the authors' code, commit 20f6e24.
+Deviations: the stages are found by structure, the official code goes by timm's names. In the
+official code the floor is 0.2 whatever is set, e survives the reset that it causes, and momentum
+moves the weights where nothing was kept; not so here.
+Provenance: the authors' code, commit 20f6e24.
 """
 
 from collections.abc import Iterable

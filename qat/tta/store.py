@@ -79,6 +79,8 @@ class Store:
                 found.append((manifest["generation"], tensors, manifest["items"]))
             except (ValueError, OSError) as error:
                 problems.append(f"{path.name}: {error}")
+            except (KeyError, TypeError) as error:
+                problems.append(f"{path.name}: its manifest lacks {error}")
         if not found:
             raise ValueError(
                 f"no saved state in '{self.folder}' to continue from"
@@ -101,7 +103,8 @@ class Store:
 
 def pack(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
     """The bytes of a generation."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Copies, because states share tensors with each other and the format allows none to.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     hashes = {name: digest({name: value}) for name, value in tensors.items()}
     line = json.dumps({**manifest, "sha256": hashes}, sort_keys=True).encode()
     body = line + b"\n" + save(tensors)
@@ -123,11 +126,12 @@ def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     line, _, rest = body.partition(b"\n")
     try:
         manifest = json.loads(line)
+        hashes = dict(manifest["sha256"])
         tensors = load(rest)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"it is damaged: {error}") from None
-    for name in tensors.keys() | manifest["sha256"].keys():
-        if name not in tensors or digest({name: tensors[name]}) != manifest["sha256"].get(name):
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"it is damaged: {type(error).__name__} {error}") from None
+    for name in tensors.keys() | hashes.keys():
+        if name not in tensors or digest({name: tensors[name]}) != hashes.get(name):
             raise ValueError(f"it is damaged: tensor '{name}' does not match its hash")
     return tensors, manifest
 

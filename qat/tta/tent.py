@@ -8,8 +8,8 @@ Wang, Shelhamer, Liu, Olshausen, Darrell. ICLR 2021. https://arxiv.org/abs/2006.
 
 Settings: SGD 0.001 / 64 x batch with momentum 0.9 for ViTs (as SAR and FOA run it); Adam 1e-3 at
 batch 200 for CIFAR-10, SGD 2.5e-4 at batch 64 for ImageNet ResNets.
-Deviations: LayerNorm and GroupNorm are trained too (the official code collects BatchNorm2d only, on a
-ViT nothing). Provenance: the authors' code, commit e9e926a.
+Deviations: LayerNorm and GroupNorm are trained too (the official code collects BatchNorm2d only, on
+a ViT nothing). Provenance: the authors' code, commit e9e926a.
 """
 
 from dataclasses import dataclass

@@ -3,12 +3,12 @@
 Xiao, Li, Yang, Mei, Gu. TTAQ: Towards Stable Post-training Quantization in Continuous Domain
 Adaptation. https://arxiv.org/abs/2412.09899
 
-*Reconstructed*: only the abstract is certain (logits are adjusted by the frequency and complexity of
-classes, during optimization). What follows is ours. Statistics of the raw predictions:
+*Reconstructed*: only the abstract is certain (logits are adjusted by the frequency and complexity
+of classes, during optimization). What follows is ours. Statistics of the raw predictions:
 
-    pi_c   <- m pi_c + (1 - m) mean over the batch of softmax(z)_c              start 1 / C
-    kap_c  <- m kap_c + (1 - m) mean of H(p) / ln C over images predicted c     kept if there is none
-    o_c    = tau ln(C pi_c + eps) - gamma (kap_c - mean kap)                    detached
+    pi_c   <- m pi_c + (1 - m) mean over the batch of softmax(z)_c            start 1 / C
+    kap_c  <- m kap_c + (1 - m) mean of H(p) / ln C over images predicted c   kept if none is
+    o_c    = tau ln(C pi_c + eps) - gamma (kap_c - mean kap)                  detached
 
 Candidates, each in the place of a method's entropy, or of its cross-entropy with a target q:
 
@@ -92,7 +92,7 @@ class ABL(Balance):
 def offset(
     frequency: Float[Tensor, " c"], complexity: Float[Tensor, " c"], tau: float, gamma: float
 ) -> Float[Tensor, " c"]:
-    """Adjustment `tau ln(C pi + eps) - gamma (kap - mean kap)`: large for frequent, easy classes."""
+    """`tau ln(C pi + eps) - gamma (kap - mean kap)`: large for frequent, easy classes."""
     rarity = (len(frequency) * frequency + EPS).log()
     return tau * rarity - gamma * (complexity - complexity.mean())
 

@@ -2,14 +2,13 @@
 
 import time
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
@@ -136,17 +135,17 @@ def adapt(
         "model": files.digest(model.state_dict()),
         "method": describe(objects.method),
         "guard": describe(objects.guard),
-        "stream": config_of(parser, config),
+        "stream": stream_identity(config),
         "number of batches": len(stream),
     }
     store = Store(folder.path, identity)
     adaptation = Adaptation(adapter, stream, store, folder.path / "stream.csv", settings.save_every)
     if resumed:
         _resume(adaptation)
-    left = len(stream) - adapter.counts.position
-    batches = iter(track(range(left), description="adapting", console=console, transient=True))
-    adaptation.run(lambda: next(batches, None), settings.num_workers)
-    next(batches, None)
+    with Progress(console=console, transient=True) as progress:
+        done = adapter.counts.position
+        task = progress.add_task("adapting", total=len(stream), completed=done)
+        adaptation.run(lambda: progress.advance(task), settings.num_workers)
     stream_plot(folder.path / "stream.csv", folder.path / "stream.png")
     folder.write_metrics(
         {
@@ -170,7 +169,7 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
         adapt(parser, overlaid, chosen, folder.path / "models" / f"{name}.ckpt")
 
     rows: list[dict[str, Any]] = []
-    for rows in run_grid(parser, config, folder, run_one):  # noqa: B007
+    for rows in run_grid(parser, config, folder, run_one):
         console.print(grid_table("Comparison", rows, list(config.grid), COLUMNS))
     first = {key: rows[0][key] for key in ("device", "torch_version")}
     table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
@@ -191,7 +190,7 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
     )
 
 
-def config_of(parser: LightningArgumentParser, config: Namespace) -> str:
+def stream_identity(config: Namespace) -> str:
     """The settings of the stream and of its images, as text."""
     settings = Namespace({"stream": config.stream, "seed": config.seed_everything})
     return str(settings.as_dict())
@@ -221,7 +220,7 @@ def _model(
 
 
 def _resume(adaptation: Adaptation) -> None:
-    """Continue where a state was saved; a run that was stopped before its first save starts anew."""
+    """Continue where a state was saved; a run stopped before its first save starts anew."""
     store = adaptation.store
     if not any((store.folder / slot).exists() for slot in SLOTS):
         return
