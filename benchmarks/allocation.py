@@ -52,7 +52,7 @@ def uniform(bits: int) -> Plan:
             op.value: replace(spec, bits=bits) for op in rule.operands if (spec := rule.spec(op))
         }
         if rule.pattern == "patch_embed.proj":
-            specs["input"] = rule.input
+            specs.pop("input")  # keeps that of the file
         rules.append(replace(rule, **specs))
     return Plan(tuple(rules))
 

@@ -150,9 +150,7 @@ def problem(costs: Cost, table: Table, space: Space, measure: Measure, price: Si
             constant += price(site)
             continue
         options = []
-        # An operand in float has one width, that of float, and no loss.
-        pair = zip(rows, site.bits, strict=True)
-        lefts, rights = (dict[Width, float](row or {bits: 0.0}) for row, bits in pair)
+        lefts, rights = (_losses(row, bits) for row, bits in zip(rows, site.bits, strict=True))
         for bits in product(lefts, rights):
             if all(rows) and not space.allows(*bits):
                 continue
@@ -268,6 +266,11 @@ def cost_under(measure: Measure, price: SiteCost, model: nn.Module) -> float:
     """What a converted model costs, in units of the budget."""
     costs = cost(model)
     return costs.size_bytes if measure == "size_bytes" else sum(map(price, costs.sites))
+
+
+def _losses(row: Mapping[int, float] | None, bits: Width) -> dict[Width, float]:
+    """The loss of an operand at its widths; one in float has that width only, and no loss."""
+    return {bits: 0.0} if row is None else {width: loss for width, loss in row.items()}
 
 
 def _pair(option: Option) -> str:
