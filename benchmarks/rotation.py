@@ -1,12 +1,14 @@
 """Where rotations and twin logs help: layers with salient channels, and the threshold of ARS.
 
-    python benchmarks/rotation.py salient              # needs nothing
-    python benchmarks/rotation.py threshold WEIGHTS IMAGES LABELS   # the MNIST DiT of the assets
+    python benchmarks/rotation.py salient
+    python benchmarks/rotation.py threshold WEIGHTS IMAGES LABELS  # the MNIST DiT of the assets
+    python benchmarks/rotation.py weights WEIGHTS IMAGES LABELS
 
 `salient` quantizes one linear layer whose input has two channels that are huge in every token, and
 prints the energy of the mild part of its output over that of the error, in decibels. `threshold`
 prints the fluctuation of every layer, and the distance of noise predictions to those of the float
-model for thresholds between none and all layers above.
+model for thresholds between none and all layers above. `weights` prints how well weights and layer
+outputs survive weight quantization alone, in decibels, means over layers.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from ptq_init.lrq_dit import (
     AdaptiveRotation,
     DualRotation,
     HadamardRotation,
+    InputStatistics,
     LRQDiT,
     Rotate,
     input_statistics,
@@ -30,6 +33,7 @@ from ptq_init.lrq_dit import (
 from qat.data.idx import idx
 from qat.diffusion import NoiseSchedule
 from qat.diffusion.build import mnist_dit
+from qat.layers import QuantLinear
 from qat.quantizers import MSE, Affine, DynamicToken, PerOperand, QuantizerFactory, TwinLog
 
 CLIPPED = partial(Affine, observer=MSE)
@@ -128,6 +132,42 @@ def threshold(weights: str, images: str, labels: str) -> None:
         print(f"{bits_name} threshold {level}: gap {mean(found):.5f} ± {stdev(found):.5f}")
 
 
+def weights(file: str, images: str, labels: str) -> None:
+    """Print the signal-to-noise ratio of weights and of what layers make of their inputs."""
+    factories = {
+        "uniform": Affine,
+        "clipped": CLIPPED,
+        **{f"TLQ {mode}": partial(TwinLog, mode=mode) for mode in ("clean", "code", "paper")},
+    }
+    batch = noisy(images, labels, "train", NoiseSchedule(), 256, 0)
+    for rotate in (None, HadamardRotation()):
+        for bits in (4, 3):
+            for name, factory in factories.items():
+                model = mnist_dit(file)
+                quantizer = PerOperand(weight=factory, input=DynamicToken)
+                qat.convert_(model, plan("blocks.*", bits, 8), quantizer)
+                torch.manual_seed(0)
+                LRQDiT(rotate)(model, [batch])
+                found = [_ratios(*pair) for pair in input_statistics(model, batch).values()]
+                of_weights, of_outputs = (mean(ratios) for ratios in zip(*found, strict=True))
+                kind = "none" if rotate is None else "Hadamard"
+                print(f"| {kind} | {bits} | {name} | {of_weights:.2f} | {of_outputs:.2f} |")
+
+
+@torch.no_grad()
+def _ratios(layer: QuantLinear, statistics: InputStatistics) -> tuple[float, float]:
+    x, weight = statistics.tokens, layer.weight
+    assert layer.weight_quantizer is not None
+    x = x if layer.input_transform is None else layer.input_transform(x)
+    noise = layer.weight_quantizer(weight) - weight
+    pairs = ((weight, noise), (x @ weight.T, x @ noise.T))
+    weights, outputs = (
+        float(10 * torch.log10(signal.square().sum() / error.square().sum()))
+        for signal, error in pairs
+    )
+    return weights, outputs
+
+
 def noisy(
     images: str, labels: str, split: str, schedule: NoiseSchedule, count: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,8 +188,10 @@ def noisy(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["salient", "threshold"])
+    parser.add_argument("what", choices=["salient", "threshold", "weights"])
     parser.add_argument("files", nargs="*")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    salient() if arguments.what == "salient" else threshold(*arguments.files)
+    {"salient": salient, "threshold": threshold, "weights": weights}[arguments.what](
+        *arguments.files
+    )

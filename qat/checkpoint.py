@@ -99,7 +99,7 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
     state = _select(checkpoint["state_dict"], data["prefix"])
     if digest(state) != data["sha256"]:
         raise ValueError(f"checkpoint '{path}' is damaged: its tensors do not match their hash")
-    model = _build_model(data["model"], trust)
+    model = build_model(data["model"], trust)
     model.preprocessing = Preprocessing.from_dict(data["preprocessing"])  # type: ignore[assignment]
     if (conversion := data["conversion"]) is not None:
         convert_(
@@ -119,8 +119,8 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
     return model.eval()
 
 
-def _build_model(recipe: dict[str, Any], trust: tuple[str, ...]) -> nn.Module:
-    """The float model of a manifest: one of timm's, or what a named function builds."""
+def build_model(recipe: dict[str, Any], trust: tuple[str, ...] = ()) -> nn.Module:
+    """The float model of a recipe: one of timm's, or what a named function builds."""
     return build(recipe, trust)() if "class_path" in recipe else timm_model(**recipe)
 
 

@@ -14,7 +14,6 @@ from qat.lightning.commands.common import (
 )
 from qat.lightning.grid import add_grid_argument, choices, overlay
 from qat.lightning.recipe import load_recipe
-from qat.models import timm_model
 from qat.report import claim_lines, plan_table, totals_table
 from qat.search.cost import Cost, activation_bytes, cost
 
@@ -46,13 +45,13 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
 def show(config: Namespace, model: nn.Module) -> None:
     """Print the tables of one model."""
     costs = cost(model)
-    float_model = timm_model(**model.recipe)  # type: ignore[arg-type]
+    float_model = files.build_model(model.recipe)  # type: ignore[arg-type]
     console.print(plan_table(costs))
     check_coverage(model, config.require_coverage)
     console.print(totals_table(costs, cost(float_model)))
     for line in memory_lines(model, costs, config.data.batch_size):
         console.print(line)
-    for line in claim_lines(str(model.recipe["name"]), costs):  # type: ignore[index]
+    for line in claim_lines(str(model.recipe.get("name")), costs):  # type: ignore[union-attr]
         console.print(line, highlight=False)
 
 
