@@ -64,7 +64,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @cache
 def _weights(bits: int | None) -> dict[str, Tensor]:
-    """Random features under a classifier by ridge regression on noisy digits; nothing is trained."""
+    """Random features, and a classifier by ridge regression on noisy digits; no training."""
     generator = torch.Generator().manual_seed(1)
     model = make_tiny_vit()
     found: list[Tensor] = []

@@ -1,0 +1,122 @@
+"""The guard: mixing, what counts as a collapse, pauses; goals R5 and R6 on a model of digits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat.tta import SGD, Adapter, Guard, Outcome, Tent
+from qat.tta.guard import mixed
+from tests.qat.tta.common import GRADIENT, METHODS, clean, labels_of, noisy, shared
+
+
+def sure(*classes: int) -> Tensor:
+    """Logits over four classes, certain of the ones named."""
+    return 10 * torch.nn.functional.one_hot(torch.tensor(classes), 4).float()
+
+
+def test_mixture_does_not_see_the_scale_or_the_offset_of_adapted_logits() -> None:
+    source, adapted = torch.randn(6, 4), torch.randn(6, 4)
+    found = mixed(source, adapted, 1.0)
+    torch.testing.assert_close(mixed(source, 7 * adapted + 3, 1.0), found)
+    torch.testing.assert_close(mixed(source, source, 2.0), source - source.mean(1, keepdim=True))
+    torch.testing.assert_close(mixed(source, adapted, 0.0), source - source.mean(1, keepdim=True))
+
+
+def test_mixture_equals_the_formula() -> None:
+    source, adapted = torch.tensor([[1.0, -1.0]]), torch.tensor([[-4.0, 4.0]])
+    torch.testing.assert_close(mixed(source, adapted, 3.0), torch.tensor([[-0.5, 0.5]]))
+
+
+def watch(guard: Guard, source: Tensor, adapted: Tensor, batches: int) -> str:
+    state = guard.start(4)
+    for _ in range(batches):
+        verdict = guard.judge(state, source, adapted)
+        state = verdict.state
+        if verdict.collapse:
+            return verdict.collapse
+    return ""
+
+
+def test_one_class_for_all_is_a_collapse_unless_the_original_sees_one_class_too() -> None:
+    varied, constant = sure(0, 1, 2, 3), sure(0, 0, 0, 0)
+    lenient = Guard(margin=1.0)
+    assert "diversity" in watch(lenient, varied, constant, 50)
+    assert watch(lenient, constant, constant, 50) == ""
+    assert watch(lenient, constant, varied, 50) == ""
+
+
+def test_contradicting_the_original_is_a_collapse_only_beyond_its_doubt() -> None:
+    other = sure(1, 2, 3, 0)
+    assert "contradict" in watch(Guard(), sure(0, 1, 2, 3), other, 50)
+    doubtful = 0.01 * sure(0, 1, 2, 3)  # a quarter each: it may be contradicted three times in four
+    partly = torch.cat((0.01 * sure(0), other[1:]))
+    assert watch(Guard(), doubtful, partly, 50) == ""
+
+
+def test_pauses_double_and_the_original_answers_in_them() -> None:
+    guard = Guard(pause=2)
+    state = guard.start(4)
+    lengths = []
+    for _ in range(3):
+        state = guard.after_collapse(state)
+        length = 0
+        while guard.pauses(state):
+            state, length = guard.resume(state), length + 1
+        lengths.append(length)
+    assert lengths == [2, 4, 8]
+    tested = Adapter(shared(), Tent(optimizer=SGD(lr=10.0)), guard=Guard(pause=2))
+    outcomes = []
+    for batch in noisy(size=16)[:8]:
+        answer = tested.adapt(batch)
+        outcomes.append(answer.outcome)
+        if answer.outcome in (Outcome.RESET, Outcome.SKIPPED):
+            assert torch.equal(answer.logits, tested.source(batch))
+            assert torch.equal(tested.state["method.params"], tested.own)
+    first = outcomes.index(Outcome.RESET)
+    assert outcomes[first + 1 : first + 4] == [Outcome.SKIPPED] * 2 + [Outcome.ADAPTED]
+
+
+def errors(tested: Adapter, batches: list[Tensor], labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Error of the adapter and of the original in each batch."""
+    rows = []
+    for batch, truth in zip(batches, labels, strict=True):
+        answers = (tested.adapt(batch).logits, tested.source(batch))
+        rows.append([(logits.argmax(1) != truth).float().mean() for logits in answers])
+    return torch.tensor(rows).unbind(1)  # type: ignore[return-value]
+
+
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in GRADIENT if name != "tent"]
+FORCED = {"steps too large": (1.0, False), "sorted labels": (1e-2, True)}
+
+
+@pytest.mark.parametrize("forced", FORCED)
+@pytest.mark.parametrize(
+    "name", [*GRADIENT[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in GRADIENT[1:])]
+)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+def test_forced_collapse_is_found_and_undone(name: str, forced: str, seed: int) -> None:
+    lr, sort = FORCED[forced]  # goal R5
+    method = replace(METHODS[name], optimizer=SGD(lr=lr))  # type: ignore[call-arg]
+    batches, labels = noisy(seed, size=16, sort=sort), labels_of(seed, 16, sort)
+    bare, source = errors(Adapter(shared(), method, clean(), seed=seed), batches, labels)
+    assert bare[50:].mean() > source[50:].mean() + 0.1, "the collapse was not forced"
+    tested = Adapter(shared(), method, clean(), guard=Guard(), seed=seed)
+    resets = []
+    for number, batch in enumerate(batches[:50]):
+        if tested.adapt(batch).outcome is Outcome.RESET:
+            resets.append(number)
+    assert resets, "no collapse was found within 50 batches"
+    guarded, source = errors(tested, batches[50:], labels[50:])
+    assert guarded.mean() <= source.mean() + 0.015
+
+
+@pytest.mark.slow
+def test_no_false_alarm_in_ten_thousand_batches_of_clean_images() -> None:
+    tested = Adapter(shared(), Tent(optimizer=SGD(lr=1e-6)), guard=Guard())
+    batches = [batch for seed in range(90) for batch in noisy(seed, 0.0, size=16)][:10_000]
+    assert len(batches) == 10_000
+    for batch in batches:
+        tested.adapt(batch)
+    assert tested.counts.reset <= 1
