@@ -26,7 +26,7 @@ class Initialiser(Protocol):
     """
 
     def __call__(
-        self, model: nn.Module, batches: Iterable[Batch], journal: Journal | None = None
+        self, model: nn.Module, batches: Iterable[Any], journal: Journal | None = None
     ) -> None:
         """Initialise a converted model on batches of preprocessed images, or of other inputs.
 
