@@ -92,10 +92,11 @@ def decibels(
     x = mild.clone()
     x[:, 100] += 60
     x[:, 700] -= 120
-    layer = nn.Sequential(nn.Linear(1152, 256, bias=False))
+    linear = nn.Linear(1152, 256, bias=False)
+    layer = nn.Sequential(linear)
     draw = torch.randn if tails == "Gauss" else torch.distributions.StudentT(4.0).sample
     with torch.no_grad():
-        layer[0].weight.copy_(0.03 * draw((256, 1152)))
+        linear.weight.copy_(0.03 * draw((256, 1152)))
         exact, signal = layer(x), layer(mild)
         quantizer = PerOperand(weight=factory, input=DynamicToken)
         qat.convert_(layer, plan("0", *bits), quantizer)
