@@ -132,7 +132,7 @@ def test_grid_runs_every_choice_and_skips_those_that_are_done(
         ("low", 0), ("low", 1), ("high", 0), ("high", 1)
     ]  # fmt: skip
     assert found["table"][0]["bops"] < found["table"][2]["bops"]
-    assert "Comparison; float top-1" in capsys.readouterr().out
+    assert "Comparison; top1_float" in capsys.readouterr().out
     (tmp_path / "run" / "metrics.json").unlink()
     again = _quantize(repq, tmp_path / "run", *words)
     assert again["table"] == found["table"]
