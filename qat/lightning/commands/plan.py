@@ -5,6 +5,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
 from qat import checkpoint as files
+from qat.lightning.commands.adapt import add_adaptation_arguments
 from qat.lightning.commands.common import (
     add_run_arguments,
     add_training_arguments,
@@ -21,9 +22,10 @@ HELP = "print every layer, its bits, and predicted bytes, operations and memory;
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
-    """Arguments of `plan`: those of `fit`, so that its recipes serve both."""
+    """Arguments of `plan`: those of `fit` and `adapt`, so that their recipes serve it too."""
     add_run_arguments(parser)
     add_training_arguments(parser)
+    add_adaptation_arguments(parser)
 
 
 def run(parser: LightningArgumentParser, config: Namespace) -> None:
