@@ -26,9 +26,8 @@ NEEDY = [path for path in RECIPES if "LOWBIT_ASSETS" in path.read_text()]
 NEEDY += sorted(set(CONFIGS.glob("dit/mnist_w*.yaml")))
 NEEDY += [path for path in RECIPES if path not in NEEDY and "cifar10" in path.name]
 AT_HAND = [path for path in RECIPES if path not in NEEDY and "imagenet" not in path.name]
-AT_HAND = [path for path in AT_HAND if path.parent.name not in ("ptq", "dit")]
-QUANTIZED = ("ptq", "dit")
-"""Folders whose recipes are for `quantize`, which reads all that `fit` does."""
+AT_HAND = [path for path in AT_HAND if path.parent.name not in ("ptq", "dit", "tta")]
+COMMANDS = {"ptq": "quantize", "dit": "quantize", "pmq": "search", "tta": "adapt"}
 needs_assets = pytest.mark.skipif("LOWBIT_ASSETS" not in os.environ, reason="no LOWBIT_ASSETS")
 
 
@@ -52,8 +51,7 @@ def test_there_are_recipes_and_plans_to_try() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
     parser, _ = make_parser()
-    command = "search" if path.parent.name == "pmq" else "fit"
-    command = "quantize" if path.parent.name in QUANTIZED else command
+    command = COMMANDS.get(path.parent.name, "fit")
     config = parser.parse_args([command, "--config", str(path)])[command]
     recipe = load_recipe(path)
     assert config.trainer.max_epochs == recipe.get("trainer", {}).get("max_epochs")

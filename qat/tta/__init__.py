@@ -3,6 +3,7 @@
 from qat.tta.answer import Answer, Outcome, Refused
 from qat.tta.base import Adapter, Counts, Method
 from qat.tta.cotta import CoTTA
+from qat.tta.desk import Desk
 from qat.tta.eata import EATA
 from qat.tta.foa import FOA
 from qat.tta.guard import Guard
@@ -32,6 +33,7 @@ __all__ = [
     "Answer",
     "CoTTA",
     "Counts",
+    "Desk",
     "Guard",
     "Method",
     "Norm",

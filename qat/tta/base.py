@@ -152,11 +152,12 @@ class Adapter:
         """What was done so far."""
         return self._now[1]
 
-    def adapt(self, images: Any) -> Answer:
+    def adapt(self, images: Any, *, hurry: bool = False) -> Answer:
         """Answer a batch of images and adapt to it.
 
         Args:
             images: (N, channels, height, width), preprocessed for the model.
+            hurry: Answer by the present state, without adapting.
 
         Raises:
             Refused: If it is no batch of images for the model; nothing has changed then.
@@ -166,7 +167,7 @@ class Adapter:
         kept = torch.tensor([reason is None for reason in refusals], device=images.device)
         if kept.any():
             rows = images if kept.all() else images[kept]
-            answer, state = self._answer(rows)
+            answer, state = self._answer(rows, hurry)
             reasons = iter(answer.refusals)
             refusals = tuple(next(reasons) if why is None else why for why in refusals)
             answer = replace(answer, logits=scattered(answer.logits, kept), refusals=refusals)
@@ -214,14 +215,17 @@ class Adapter:
         state = {name: value.to(device) for name, value in state.items()}
         self._now = (state, Counts(**counts))
 
-    def _answer(self, images: Tensor) -> tuple[Answer, State]:
+    def _answer(self, images: Tensor, hurry: bool) -> tuple[Answer, State]:
         """The answer to rows that were taken in, and the state to go on with."""
         watch = part(self.state, "guard")
         if self.guard is not None and self.guard.pauses(watch):
             state = with_part(self.state, "guard", self.guard.resume(watch))
             step = Step(self.source(images), {}, num_forward=len(images))
             return _answer(step, Outcome.SKIPPED, "pause after a collapse"), state
-        step, outcome, reason = self._attempt(images)
+        if hurry:
+            step, outcome, reason = self._predict(images), Outcome.SKIPPED, "hurry"
+        else:
+            step, outcome, reason = self._attempt(images)
         state = with_part(self.state, "method", step.state)
         if outcome is Outcome.RESET:
             state = with_part(self.initial, "guard", watch)
@@ -264,9 +268,14 @@ class Adapter:
                 idle = Outcome.SKIPPED if self.method.adapts else Outcome.KEPT
                 return step, Outcome.ADAPTED if step.num_selected else idle, ""
             failure = f"'{failure}' is not finite"
+        return self._predict(images), Outcome.ROLLED_BACK, failure
+
+    def _predict(self, images: Tensor) -> Step:
+        """An answer by the present state."""
+        state = part(self.state, "method")
         with torch.no_grad():
-            logits = self.method.predict(self.on, before, images)
-        return Step(logits, before, num_forward=len(images)), Outcome.ROLLED_BACK, failure
+            logits = self.method.predict(self.on, state, images)
+        return Step(logits, state, num_forward=len(images))
 
 
 def _answer(step: Step, outcome: Outcome, reason: str) -> Answer:

@@ -6,8 +6,8 @@ adapted one. Running means over about `window` images:
 
     contradiction   share of answers that differ, less the original's own doubt, 1 - max p; above
                     `margin` the adapted model contradicts what the original is sure of
-    diversity       H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes; above
-                    `diversity` the adapted model has stopped to tell classes apart
+    diversity       H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes;
+                    above `diversity` the adapted model has stopped to tell classes apart
 
 Either is a collapse: the method starts anew, the batch gets the original's answer, and adaptation
 pauses, `pause` batches after the first collapse, twice as many after each further one. Else

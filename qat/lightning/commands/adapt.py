@@ -78,6 +78,11 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_run_arguments(parser)
     add_training_arguments(parser)
     add_grid_arguments(parser)
+    add_adaptation_arguments(parser)
+
+
+def add_adaptation_arguments(parser: LightningArgumentParser) -> None:
+    """A method, a guard and a stream."""
     parser.add_argument("--method", type=Method, help="Method of adaptation.")
     parser.add_argument(
         "--guard", type=Guard | None, default=None, help="Guard that watches the method."
