@@ -33,6 +33,7 @@ from qat.search.metrics import (
     Removal,
     TaylorRemoval,
 )
+from qat.search.metrics.hessian import squared_errors
 from qat.search.probe import Slot, probing, slot_of
 from qat.search.sensitivity import Metric, Table, mean_table
 from qat.spec import Operand
@@ -99,10 +100,8 @@ def correlation(table: Table, truth: Table, bits: int, weights: bool | None) -> 
 
 def trace(model: nn.Module, probes: Any, images: Tensor, count: int) -> dict[str, Any]:
     """Tables of the Hessian metric at several numbers of random vectors, from one run."""
-    from qat.search.metrics.hessian import _squared_errors
-
     metric = HessianTrace(num_samples=count)
-    errors, sizes = _squared_errors(model, probes, images, metric.images_at_once)
+    errors, sizes = squared_errors(model, probes, images, metric.images_at_once)
     total, tables = [0.0] * len(probes), {}
     for done, new in enumerate(metric.estimates(model, probes, images), 1):
         total = [a + b for a, b in zip(total, new, strict=True)]

@@ -34,7 +34,7 @@ from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import ObserverFactory
 from qat.search import pmq
-from qat.search.allocate import Allocate, best, check_budget, frontier, hull, totals
+from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, hull, totals
 from qat.search.cost import cost
 from qat.search.latency import LatencyTable
 from qat.search.metrics import DiagonalFisher
@@ -139,14 +139,8 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     plan = pmq.plan_of(model, chosen, pmq.reasons(task.components, picks, settings.measure))
     plan.save(folder.path / "plan.yaml")
     spent, loss = totals(task.components, picks)
-    _write_rows(
-        folder.path / "frontier.csv", pmq.frontier_rows(front, task.constant, settings.measure)
-    )
-    _write_rows(folder.path / "sensitivity.csv", _sensitivity_rows(omega, chosen))
-    sensitivity_plot(omega, chosen, 4, folder.path / "sensitivity.png")
-    edge = hull(task.components)
-    path = folder.path / "frontier.png"
-    frontier_plot(front, edge, task.constant, (spent, loss), settings.measure, path)
+    _write_sensitivities(folder.path, omega, chosen)
+    _write_frontier(folder.path, front, task, (spent, loss), settings.measure)
     found = _converted(parser, config, folder.path / "plan.yaml")
     check_coverage(found, config.require_coverage)
     bits = pmq.mean_bits(cost(found))
@@ -192,13 +186,27 @@ def _converted(parser: LightningArgumentParser, config: Namespace, plan: Path) -
     return make_module(parser, other).model
 
 
-def _sensitivity_rows(omega: Table, chosen: dict[pmq.Slot, int]) -> list[dict[str, Any]]:
-    return [
+def _write_frontier(
+    folder: Path,
+    front: Frontier,
+    task: pmq.Problem,
+    point: tuple[float, float],
+    measure: pmq.Measure,
+) -> None:
+    _write_rows(folder / "frontier.csv", pmq.frontier_rows(front, task.constant, measure))
+    edge = hull(task.components)
+    frontier_plot(front, edge, task.constant, point, measure, folder / "frontier.png")
+
+
+def _write_sensitivities(folder: Path, omega: Table, chosen: dict[pmq.Slot, int]) -> None:
+    rows = [
         {"module": slot.module, "operand": str(slot.operand), "bits": bits, "sensitivity": value,
          "chosen": int(chosen[slot] == bits)}
         for slot, row in omega.items()
         for bits, value in row.items()
     ]  # fmt: skip
+    _write_rows(folder / "sensitivity.csv", rows)
+    sensitivity_plot(omega, chosen, 4, folder / "sensitivity.png")
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -61,7 +61,7 @@ class HessianTrace(Metric):
     ) -> dict[Slot, dict[int, float]]:
         """Omega from the mean of all estimates of the trace."""
         traces = [0.0] * len(probes)
-        errors, sizes = _squared_errors(model, probes, images, self.images_at_once)
+        errors, sizes = squared_errors(model, probes, images, self.images_at_once)
         for estimate in self.estimates(model, probes, images, labels):
             traces = [total + new for total, new in zip(traces, estimate, strict=True)]
         return {
@@ -126,7 +126,7 @@ def _watched(model: nn.Module, probes: Mapping[Slot, Probe]) -> Iterator[dict[Sl
 
 
 @torch.no_grad()
-def _squared_errors(
+def squared_errors(
     model: nn.Module, probes: Mapping[Slot, Probe], images: Tensor, size: int
 ) -> tuple[dict[Slot, Tensor], dict[Slot, int]]:
     """Squared error of every slot at each width, and its number of values, over all images."""
