@@ -205,26 +205,33 @@ def chosen_bits(
     return found
 
 
-def reasons(components: tuple[Component, ...], picks: Picks, measure: Measure) -> dict[str, str]:
+def reasons(
+    components: tuple[Component, ...], picks: Picks, costs: Cost, measure: Measure
+) -> dict[str, str]:
     """Why each product got its bits: its share of loss and cost, and what the next step gives."""
     total_cost, total_loss = totals(components, picks)
+    sites = {site.name: site for site in costs.sites}
     found = {}
     for component, pick in zip(components, picks, strict=True):
-        option = component.options[pick]
+        site, option = sites[component.name], component.options[pick]
+
+        def named(other: Option, site: Site = site) -> str:
+            return replace(site, bits=other.bits).precision
+
         text = (
-            f"{component.name} {_pair(option)}: {_share(option.loss, total_loss)} of the loss for "
+            f"{component.name} {named(option)}: {_share(option.loss, total_loss)} of the loss for "
             f"{_share(option.cost, total_cost)} of the {measure}"
         )
         if pick + 1 < len(component.options):
             wider = component.options[pick + 1]
             text += (
-                f", {_pair(wider)} would save {_share(option.loss - wider.loss, total_loss)} for "
+                f", {named(wider)} would save {_share(option.loss - wider.loss, total_loss)} for "
                 f"{_share(wider.cost - option.cost, total_cost)} more"
             )
         if pick:
             narrower = component.options[pick - 1]
             text += (
-                f", {_pair(narrower)} would add {_share(narrower.loss - option.loss, total_loss)} "
+                f", {named(narrower)} would add {_share(narrower.loss - option.loss, total_loss)} "
                 f"for {_share(option.cost - narrower.cost, total_cost)} less"
             )
         found[component.name] = text
@@ -271,10 +278,6 @@ def cost_under(measure: Measure, price: SiteCost, model: nn.Module) -> float:
 def _losses(row: Mapping[int, float] | None, bits: Width) -> dict[Width, float]:
     """The loss of an operand at its widths; one in float has that width only, and no loss."""
     return {bits: 0.0} if row is None else {width: loss for width, loss in row.items()}
-
-
-def _pair(option: Option) -> str:
-    return f"{option.bits[0]}x{option.bits[1]}"
 
 
 def _share(value: float, total: float) -> str:

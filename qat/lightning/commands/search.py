@@ -136,7 +136,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             )
         done = time.monotonic()
     chosen = pmq.chosen_bits(task.components, picks, costs, omega)
-    plan = pmq.plan_of(model, chosen, pmq.reasons(task.components, picks, settings.measure))
+    plan = pmq.plan_of(model, chosen, pmq.reasons(task.components, picks, costs, settings.measure))
     plan.save(folder.path / "plan.yaml")
     spent, loss = totals(task.components, picks)
     _write_sensitivities(folder.path, omega, chosen)

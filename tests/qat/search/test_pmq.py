@@ -43,7 +43,7 @@ def found_plan(model: nn.Module, budget: float, space: pmq.Space = SPACE) -> tup
     table = even_table(model, space)
     task = pmq.problem(cost(model), table, space, "bops", BOPS)
     picks = best(task.components, budget - task.constant)
-    reasons = pmq.reasons(task.components, picks, "bops")
+    reasons = pmq.reasons(task.components, picks, cost(model), "bops")
     chosen = pmq.chosen_bits(task.components, picks, cost(model), table)
     spent, _ = totals(task.components, picks)
     return pmq.plan_of(model, chosen, reasons), spent + task.constant
@@ -83,7 +83,10 @@ def test_every_rule_names_one_module_says_why_and_keeps_what_the_template_keeps(
     attention = rules["blocks.0.attn"]
     assert attention.operands == {Operand.QUERY, Operand.KEY, Operand.ATTENTION, Operand.VALUE}
     assert "blocks.0.attn.qk" in attention.reason and "blocks.0.attn.av" in attention.reason
-    assert "of the loss for" in rules["blocks.1.mlp.fc1"].reason
+    fc1 = rules["blocks.1.mlp.fc1"]
+    assert fc1.weight is not None and fc1.input is not None
+    precision = f"w{fc1.weight.bits}a{fc1.input.bits}"
+    assert f"blocks.1.mlp.fc1 {precision}: " in fc1.reason and "of the loss for" in fc1.reason
     assert attention.attention is not None and not attention.attention.signed
     weight = rules["blocks.1.mlp.fc1"].weight
     assert weight is not None and weight.granularity == "per_channel"
