@@ -25,7 +25,7 @@ PARTS = "configs/tta/parts"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("model", help="model.ckpt of quantize or adapt")
     options.add_argument("--recipe", default="configs/tta/cifar10_vit_tiny.yaml")
     options.add_argument("--parts", nargs="+", default=["tent"], help="joined by +, such as a+b")

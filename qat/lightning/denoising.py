@@ -138,8 +138,6 @@ class Denoising(Task):
         """Noisy images with their time steps, all spread evenly, and their classes."""
         images = torch.cat(data.calibration_batches())
         labels = data.calibration_labels()
-        if len(images) != len(labels):
-            raise ValueError("data.num_augmented has no effect on a DiT; remove it")
         generator = torch.Generator().manual_seed(data.seed)
         count = len(images) * self.calibration_times
         times = self.schedule.spread(count)[torch.randperm(count, generator=generator)]

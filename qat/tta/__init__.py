@@ -1,7 +1,8 @@
 """Test-time adaptation: one method, one file."""
 
+from qat.tta.adapter import Adapter, Counts
 from qat.tta.answer import Answer, Outcome, Refused
-from qat.tta.base import Adapter, Counts, Method
+from qat.tta.base import Method
 from qat.tta.cotta import CoTTA
 from qat.tta.desk import Desk
 from qat.tta.eata import EATA

@@ -5,8 +5,8 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
+from qat.tta.adapter import Adapter
 from qat.tta.answer import Answer
-from qat.tta.base import Adapter
 
 
 class Desk:

@@ -148,11 +148,17 @@ def make_task(parser: LightningArgumentParser, config: Namespace) -> Task:
     return parser.instantiate(Namespace({"task": config.task})).task
 
 
+def with_initialiser(parser: LightningArgumentParser, config: Namespace) -> Namespace:
+    """The configuration with what `--init` is short for."""
+    if config.init is None:
+        return config
+    chosen = {"model": {"initialise": {"class_path": config.init}}}
+    return parser.parse_object(chosen, config)
+
+
 def make_module(parser: LightningArgumentParser, config: Namespace) -> Training:
     """The Lightning module of a recipe; builds the model and loads the teacher."""
-    if config.init is not None:
-        chosen = {"model": {"initialise": {"class_path": config.init}}}
-        config = parser.parse_object(chosen, config)
+    config = with_initialiser(parser, config)
     return make_task(parser, config).module(**_arguments(parser, config, "model"))
 
 

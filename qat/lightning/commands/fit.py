@@ -32,6 +32,7 @@ from qat.lightning.commands.common import (
     recipe_name,
     run_items,
     trainer_arguments,
+    with_initialiser,
 )
 from qat.lightning.data import VisionData
 from qat.lightning.progress import RunJournal
@@ -64,6 +65,7 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     """One training run, its teacher first, into a run folder."""
     started = time.monotonic()
     resume = _find_checkpoint(config, folder)
+    with_initialiser(parser, config)  # a misspelt one is refused before a teacher is trained
     folder.path.mkdir(parents=True, exist_ok=True)
     if config.teacher_config and config.model.teacher is None:
         teacher = _train_first(parser, config, folder, "teacher", config.teacher_config)

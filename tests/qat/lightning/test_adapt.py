@@ -21,7 +21,6 @@ from qat.data.sources import Source, digits
 from qat.data.streams import Stream
 from qat.lightning.adaptation import Adaptation
 from qat.tta import Adapter, Guard
-from qat.tta.base import Adapter as AdapterClass
 from qat.tta.store import Store
 from tests import test_end_to_end as runs
 from tests.qat.tta.common import METHODS, clean, shared
@@ -103,18 +102,18 @@ def test_interrupted_run_continues_to_the_same_answers_bit_for_bit(
 ) -> None:
     words = ("--method", "qat.tta.CoTTA", "--method.views", 2, "--guard", "{}")
     whole = _adapt(recipe, tmp_path / "whole", *words)
-    exact, calls = AdapterClass.adapt, []
+    exact, calls = Adapter.adapt, []
 
-    def stop(self: AdapterClass, images: Any) -> Any:
+    def stop(self: Adapter, images: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return exact(self, images)
 
-    monkeypatch.setattr(AdapterClass, "adapt", stop)
+    monkeypatch.setattr(Adapter, "adapt", stop)
     arguments = ("adapt", "--config", recipe, "--run_dir", tmp_path / "run", *QUIET, *words)
     assert runs.run(*arguments) == 130
-    monkeypatch.setattr(AdapterClass, "adapt", exact)
+    monkeypatch.setattr(Adapter, "adapt", exact)
     found = _adapt(recipe, tmp_path / "run", *words, "--ckpt_path", "last")
     assert found["resumed"] and _results(found) == _results(whole)
     assert _lasting(_rows(tmp_path / "run")) == _lasting(_rows(tmp_path / "whole"))

@@ -194,10 +194,6 @@ def test_class_dropout_withholds_classes_in_training(monkeypatch: pytest.MonkeyP
             ("--task.class_dropout", 0.1, "--model.model.null_class", "false"),
             "needs a model with null_class",
         ),
-        (
-            ("--data.num_augmented", 4, "--data.augment", "{hflip: 0.5}"),
-            "num_augmented has no effect",
-        ),
     ],
 )
 def test_settings_without_effect_are_one_line_of_error(

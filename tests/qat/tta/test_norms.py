@@ -6,7 +6,7 @@ from torch import nn
 
 import qat
 from qat.tta import CoTTA, Norm, RoTTA, Tent
-from qat.tta.base import Adapter
+from qat.tta.adapter import Adapter
 from qat.tta.norms import BatchStatistics, norm_layers, norm_parameters, restated
 from tests.conftest import make_tiny_vit
 from tests.qat.common import swin

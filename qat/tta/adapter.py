@@ -1,0 +1,263 @@
+"""The adapter: a method at work on one stream.
+
+It holds the state, refuses bad rows, and makes every step a transaction. Because a step never
+changes the state that it is given, rolling back means not taking the new one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered
+from qat.tta.base import Method
+from qat.tta.guard import Guard
+from qat.tta.overlay import Overlay
+from qat.tta.parts import part, with_part
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an adapter has done since it was made; a reset does not clear it.
+
+    Attributes:
+        position: Batches answered.
+        images: Images given.
+        refused: Images refused.
+        adapted: Batches with a step.
+        skipped: Batches with nothing worth a step.
+        rolled_back: Batches whose step failed.
+        reset: Returns to the start, by the guard or by the method.
+        selected: Images whose loss entered a step.
+        forward: Images sent forward, each time counted.
+        backward: Images sent backward, each time counted.
+    """
+
+    position: int = 0
+    images: int = 0
+    refused: int = 0
+    adapted: int = 0
+    skipped: int = 0
+    rolled_back: int = 0
+    reset: int = 0
+    selected: int = 0
+    forward: int = 0
+    backward: int = 0
+
+    def plus(self, answer: Answer) -> "Counts":
+        """The counts after an answer."""
+        added = {
+            "position": 1,
+            "images": len(answer.refusals),
+            "refused": sum(reason is not None for reason in answer.refusals),
+            "selected": answer.num_selected,
+            "forward": answer.num_forward,
+            "backward": answer.num_backward,
+            answer.outcome.name.lower(): 1,
+        }
+        added.pop("kept", None)
+        return replace(self, **{key: getattr(self, key) + n for key, n in added.items()})
+
+
+@final
+class Adapter:
+    """A model that adapts to one stream; several may share the model.
+
+    Args:
+        model: A model from `qat.timm_model`, float or quantized; it is frozen and not changed.
+        method: How it adapts.
+        calibration: Batches of clean images without labels; some methods need them.
+        guard: Watches the method, see `qat.tta.guard`; None leaves it alone.
+        seed: Seeds what the method draws.
+
+    Raises:
+        ValueError: If the method has nothing to adapt in this model, or lacks images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        calibration: Iterable[Tensor] = (),
+        *,
+        guard: Guard | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method, self.guard, self.seed = method, guard, seed
+        self.intake = Intake.of(expected_by(model))
+        self.on = Overlay(model, method.parameters(model))
+        self.own = self.on.flat()
+        state = with_part({}, "method", method.start(self.on, list(calibration)))
+        if guard is not None:
+            state = with_part(state, "guard", guard.start(num_classes_of(model)))
+        self.initial: State = state
+        self._now: tuple[State, Counts] = (state, Counts())
+
+    @property
+    def state(self) -> State:
+        """The present state."""
+        return self._now[0]
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self._now[1]
+
+    def adapt(self, images: Any, *, hurry: bool = False) -> Answer:
+        """Answer a batch of images and adapt to it.
+
+        Args:
+            images: (N, channels, height, width), preprocessed for the model.
+            hurry: Answer by the present state, without adapting.
+
+        Raises:
+            Refused: If it is no batch of images for the model; nothing has changed then.
+        """
+        images = self.intake.admit(images, self.on.like)
+        refusals = self.intake.refusals(images)
+        kept = torch.tensor([reason is None for reason in refusals], device=images.device)
+        if kept.any():
+            rows = images if kept.all() else images[kept]
+            answer, state = self._answer(rows, hurry)
+            reasons = iter(answer.refusals)
+            refusals = tuple(next(reasons) if why is None else why for why in refusals)
+            answer = replace(answer, logits=scattered(answer.logits, kept), refusals=refusals)
+        else:
+            nothing = images.new_full((len(images), num_classes_of(self.on.model)), torch.nan)
+            answer = Answer(nothing, refusals, Outcome.SKIPPED, "every image was refused")
+            state = self.state
+        self._now = (state, self.counts.plus(answer))
+        return answer
+
+    def source(self, images: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n c"]:
+        """Logits of the model as it was before any adaptation."""
+        with torch.no_grad():
+            return self.on(self.own, images)
+
+    def reset(self) -> None:
+        """Return to the state of the start; counts go on."""
+        self._now = (self.initial, self.counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the counts, to be saved as one."""
+        return {"state": dict(self.state), "counts": asdict(self.counts)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: If it is of another method, or holds values that are not finite; nothing
+                has changed then.
+        """
+        state, counts = saved["state"], saved["counts"]
+        expected = {name: (value.shape, value.dtype) for name, value in self.initial.items()}
+        found = {name: (value.shape, value.dtype) for name, value in state.items()}
+        for name in expected | found:
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"the saved state has '{name}' as {found.get(name)}, the method expects "
+                    f"{expected.get(name)}; continue with the method and model that saved it"
+                )
+        if (name := first_not_finite(state)) is not None:
+            raise ValueError(f"the saved state has values in '{name}' that are not finite")
+        if counts.keys() != {field.name for field in fields(Counts)}:
+            raise ValueError(f"the saved counts are {sorted(counts)}; another version wrote them")
+        device = self.on.like.device
+        state = {name: value.to(device) for name, value in state.items()}
+        self._now = (state, Counts(**counts))
+
+    def _answer(self, images: Tensor, hurry: bool) -> tuple[Answer, State]:
+        """The answer to rows that were taken in, and the state to go on with."""
+        watch = part(self.state, "guard")
+        if self.guard is not None and self.guard.pauses(watch):
+            state = with_part(self.state, "guard", self.guard.resume(watch))
+            step = Step(self.source(images), {}, num_forward=len(images))
+            return _answer(step, Outcome.SKIPPED, "pause after a collapse"), state
+        if hurry:
+            step, outcome, reason = self._predict(images), Outcome.SKIPPED, "hurry"
+        else:
+            step, outcome, reason = self._attempt(images)
+        state = with_part(self.state, "method", step.state)
+        if outcome is Outcome.RESET:
+            state = with_part(self.initial, "guard", watch)
+        if self.guard is not None or not step.logits.isfinite().all():
+            source = self.source(images)
+            step = replace(step, num_forward=step.num_forward + len(images))
+            logits, watch, collapse = self._compare(source, step.logits, watch)
+            step = replace(step, logits=logits)
+            state = with_part(state, "guard", watch)
+            if collapse:
+                state, outcome = with_part(self.initial, "guard", watch), Outcome.RESET
+                reason = collapse
+        return _answer(step, outcome, reason), state
+
+    def _compare(self, source: Tensor, adapted: Tensor, watch: State) -> tuple[Tensor, State, str]:
+        """Answers held against the original's; the guard's state; what shows a collapse."""
+        if not adapted[source.isfinite().all(1)].isfinite().all():
+            after = watch if self.guard is None else self.guard.after_collapse(watch)
+            return source, after, "no finite answer where the original has one"
+        valid = adapted.isfinite().all(1)
+        if self.guard is None or not valid.any():
+            return adapted, watch, ""
+        verdict = self.guard.judge(watch, source[valid], adapted[valid])
+        return scattered(verdict.logits, valid), verdict.state, verdict.collapse
+
+    def _attempt(self, images: Tensor) -> tuple[Step, Outcome, str]:
+        """One step; where it fails in any way, an answer by the state before it."""
+        before = part(self.state, "method")
+        key = np.random.SeedSequence((self.seed, self.counts.position)).generate_state(1)[0]
+        generator = torch.Generator(images.device).manual_seed(int(key))
+        try:
+            step = self.method.step(self.on, before, images, generator)
+            failure = first_not_finite({"logits": step.logits, **changed(before, step.state)})
+        except Exception as error:  # whatever fails in a step, the stream must go on
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            if failure is None:
+                if step.reset:
+                    return step, Outcome.RESET, step.reset
+                idle = Outcome.SKIPPED if self.method.adapts else Outcome.KEPT
+                return step, Outcome.ADAPTED if step.num_selected else idle, ""
+            failure = f"'{failure}' is not finite"
+        return self._predict(images), Outcome.ROLLED_BACK, failure
+
+    def _predict(self, images: Tensor) -> Step:
+        """An answer by the present state."""
+        state = part(self.state, "method")
+        with torch.no_grad():
+            logits = self.method.predict(self.on, state, images)
+        return Step(logits, state, num_forward=len(images))
+
+
+def _answer(step: Step, outcome: Outcome, reason: str) -> Answer:
+    """The answer that a step amounts to; rows without finite logits are refused."""
+    valid = step.logits.isfinite().all(1)
+    return Answer(
+        step.logits.masked_fill(~valid[:, None], torch.nan),
+        tuple(None if ok else "unanswerable" for ok in valid.tolist()),
+        outcome,
+        reason,
+        step.num_selected,
+        step.num_forward,
+        step.num_backward,
+    )
+
+
+def changed(before: State, after: State) -> State:
+    """The tensors of a state that are not those of another."""
+    return {name: value for name, value in after.items() if value is not before.get(name)}
+
+
+def first_not_finite(tensors: State) -> str | None:
+    """Name of the first tensor with a value that is NaN or infinite."""
+    names = [name for name, value in tensors.items() if value.is_floating_point()]
+    finite = [tensors[name].isfinite().all() for name in names]
+    if finite and not torch.stack(finite).all():
+        return next(name for name, ok in zip(names, finite, strict=True) if not ok)
+    return None
