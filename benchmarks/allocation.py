@@ -33,6 +33,7 @@ from qat.search.allocate import best
 from qat.search.baselines import at_random, greedy
 from qat.search.cost import cost
 from qat.search.sensitivity import monotone
+from qat.spec import Operand
 
 CHOICES = {
     "random 0": ("M4", at_random, 0),
@@ -41,6 +42,7 @@ CHOICES = {
     "M1 + DP": ("M1", best, 0),
     "M4 + DP": ("M4", best, 0),
     "M5 + DP": ("M5", best, 0),
+    "Mtoken + DP": ("Mtoken", best, 0),
 }
 
 
@@ -117,7 +119,14 @@ def read_table(folder: Path, name: str) -> Any:
     return monotone(unpack(items[max(items, key=int)] if name == "M5" else items))
 
 
-def searched(bench: Bench, table: Any, budget: float, allocate: Any, seed: int) -> Plan:
+def searched(
+    bench: Bench, table: Any, budget: float, allocate: Any, seed: int, narrowest: int
+) -> Plan:
+    """The plan of an allocation; activations have at least `narrowest` bits."""
+    table = {
+        slot: {b: v for b, v in row.items() if b >= narrowest or slot.operand is Operand.WEIGHT}
+        for slot, row in table.items()
+    }
     template = bench.model(uniform(8))
     costs, space = cost(template), pmq.Space()
     task = pmq.problem(costs, table, space, "bops", pmq.cost_of("bops", None))
@@ -133,6 +142,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--limit", type=int, default=10**6, help="evaluation batches")
+    parser.add_argument("--narrowest", type=int, default=2, help="bits of activations")
     parser.add_argument("--choices", nargs="+", default=list(CHOICES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,9 +160,11 @@ def main() -> None:
             metric, allocate, seed = CHOICES[name]
             plans[name] = partial(
                 lambda m, *rest: searched(bench, read_table(arguments.tables, m), *rest),
-                metric, budget, allocate, seed,
+                metric, budget, allocate, seed, arguments.narrowest,
             )  # fmt: skip
         for name, plan in plans.items():
+            if name != "uniform" and arguments.narrowest > 2:
+                name = f"{name}, activations >= {arguments.narrowest}"
             if (f"w{bits}a{bits}", name) in done:
                 continue
             row = {"budget": f"w{bits}a{bits}", "choice": name}

@@ -32,13 +32,19 @@ from qat.search.metrics import (
     OutputDivergence,
     Removal,
     TaylorRemoval,
+    TokenFisher,
 )
 from qat.search.metrics.hessian import squared_errors
 from qat.search.probe import Slot, probing, slot_of
 from qat.search.sensitivity import Metric, Table, mean_table
 from qat.spec import Operand
 
-METRICS: dict[str, Metric] = {"M1": TaylorRemoval(), "M3": FirstOrder(), "M4": DiagonalFisher()}
+METRICS: dict[str, Metric] = {
+    "M1": TaylorRemoval(),
+    "M3": FirstOrder(),
+    "M4": DiagonalFisher(),
+    "Mtoken": TokenFisher(),
+}
 ONCE: dict[str, Metric] = {
     "M1 predicted": TaylorRemoval(target="predicted"),
     "M3 predicted": FirstOrder(target="predicted"),

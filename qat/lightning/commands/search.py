@@ -37,7 +37,7 @@ from qat.search import pmq
 from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, hull, totals
 from qat.search.cost import cost
 from qat.search.latency import LatencyTable
-from qat.search.metrics import DiagonalFisher
+from qat.search.metrics import TokenFisher
 from qat.search.probe import probing
 from qat.search.sensitivity import Metric, Table, monotone
 
@@ -63,7 +63,7 @@ class Search:
         labels: Give the metric the labels of the calibration images.
     """
 
-    metric: Metric = DiagonalFisher()  # noqa: RUF009 - a frozen value
+    metric: Metric = TokenFisher()  # noqa: RUF009 - a frozen value
     weights: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     activations: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     pairs: Literal["any", "equal"] = "any"

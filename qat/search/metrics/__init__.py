@@ -3,7 +3,7 @@
 from qat.search.metrics.divergence import OutputDivergence
 from qat.search.metrics.hessian import HessianTrace
 from qat.search.metrics.removal import Removal
-from qat.search.metrics.taylor import DiagonalFisher, FirstOrder, TaylorRemoval
+from qat.search.metrics.taylor import DiagonalFisher, FirstOrder, TaylorRemoval, TokenFisher
 
 __all__ = [
     "DiagonalFisher",
@@ -12,4 +12,5 @@ __all__ = [
     "OutputDivergence",
     "Removal",
     "TaylorRemoval",
+    "TokenFisher",
 ]

@@ -156,7 +156,7 @@ def test_latency_budget_reads_a_measured_table(recipe: Path, tmp_path: Path) -> 
          r"budget 1,000 cannot be met: the allowed widths reach [\d.,e+]+ to [\d.,e+]+"),
         (("--model.plan", "null"), "nothing to search: set model.plan"),
         (("--model.plan", "[]"), "the plan has no rules"),
-        (("--search.metric", "DiagonalFisher", "--search.metric.target", "labels"),
+        (("--search.metric", "TokenFisher", "--search.metric.target", "labels"),
          "needs the labels of the calibration images"),
         (("--search.weights", "[1,4]"), "offers 2 to 16 bits, got 1 for the weight"),
         (("--search.weights", "[9]"), "search.weights needs widths from 1 to 8"),

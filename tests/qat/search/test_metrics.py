@@ -16,6 +16,7 @@ from qat.search.metrics import (
     OutputDivergence,
     Removal,
     TaylorRemoval,
+    TokenFisher,
 )
 from qat.search.metrics.taylor import weight_gradients
 from qat.search.probe import Probe, Slot, probing, slot_of
@@ -28,6 +29,7 @@ ALL = (
     TaylorRemoval(),
     FirstOrder(),
     DiagonalFisher(),
+    TokenFisher(),
     HessianTrace(num_samples=2),
     OutputDivergence(),
     Removal(),
@@ -120,6 +122,18 @@ def test_taylor_metrics_of_an_activation_equal_their_formulas() -> None:
     for metric, value in expected.items():
         found = table_of(metric(target="predicted"), model, images, 3)[slot][3]
         assert found == pytest.approx(value.item(), rel=1e-4), metric
+
+
+def test_token_metric_keeps_cross_terms_inside_a_row_and_is_m4_for_weights() -> None:
+    gradient = torch.tensor([[[1.0, 2.0], [3.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]]])
+    error = torch.tensor([[[[1.0, 1.0], [2.0, 1.0]], [[1.0, -1.0], [1.0, -1.0]]]])
+    metric = TokenFisher()
+    # Rows: 1 + 2 = 3, 6 - 1 = 5; then 0 - 1 = -1, 1 - 1 = 0.
+    assert metric.score(gradient, gradient, error).tolist() == [9.0 + 25.0 + 1.0 + 0.0]
+    weight = error[:, :1]
+    expected = DiagonalFisher().score(gradient, gradient[:1], weight)
+    assert expected.tolist() == [1.0 + 4 + 36 + 1 + 0 + 1 + 4 + 1]
+    assert torch.equal(metric.score_weight(gradient, gradient[:1], weight), expected)
 
 
 def test_trace_of_the_hessian_agrees_with_the_exact_one() -> None:
@@ -238,7 +252,9 @@ def test_one_bit_activation_is_compared_at_its_best_factor() -> None:
     assert_close(probe.at(1, x), torch.tensor([[2.0, -2.0, 2.0]]))
 
 
-@pytest.mark.parametrize("metric", [TaylorRemoval, FirstOrder, DiagonalFisher, HessianTrace])
+@pytest.mark.parametrize(
+    "metric", [TaylorRemoval, FirstOrder, DiagonalFisher, TokenFisher, HessianTrace]
+)
 def test_metric_with_labels_is_refused_without_and_uses_them_with(metric: type) -> None:
     model, images = linear()
     with probing(model, images, {WEIGHT: (3,)}) as probes:
