@@ -207,6 +207,7 @@ def _rank(rank: int, world: int, folder: Path, sizes: tuple[int, ...], done: int
         )
         found[size] = (len(epoch), list(epoch), list(resumed), len(share), list(share))
     torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()  # a process that leaves early breaks the connections of a slower one
     dist.destroy_process_group()
 
 
