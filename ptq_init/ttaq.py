@@ -13,8 +13,9 @@ L_PEM and L_PCR. The third part, ABL, works online: `qat.tta`.
 
 Provenance: **reconstruction** of both parts. Certain is what they are for: a weight regularization
 that mitigates input perturbations, and consistent predictions for the same sample. The defaults
-are the forms that did best on the four held-out corruptions, never on the benchmark's fifteen
-(docs/log.md, "Forms of PEM and PCR").
+are the forms whose logits came nearest to the float model's on the four held-out corruptions,
+never on the benchmark's fifteen, in one short run each: weak evidence (docs/log.md, "Forms of PEM
+and PCR"; `benchmarks/ttaq_forms.py` repeats it at any length).
 """
 
 from collections.abc import Iterable
@@ -89,9 +90,9 @@ class TTAQ:
     """
 
     pem: Literal["none", "A", "A-relative", "B", "C", "D", "E"] = "A"
-    pem_weight: float = 0.01
-    pcr: Literal["none", "1", "2", "3", "1+3"] = "1+3"
-    pcr_weight: float = 0.5
+    pem_weight: float = 0.03
+    pcr: Literal["none", "1", "2", "3", "1+3"] = "3"
+    pcr_weight: float = 0.1
     start: Initialiser | None = None
     scope: Literal["token", "tensor"] = "token"
     rounding: Literal["ste", "adaround"] = "ste"

@@ -111,7 +111,7 @@ def test_reconstruction_keeps_running_statistics_and_lowers_the_error(pem: str) 
         pcr_weight=0.01,
         start=MinMaxRange(),
         scope="tensor",
-        num_steps=15,
+        num_steps=20,
         lr=2e-3,
     )
     method(fresh, [batch])
@@ -119,7 +119,7 @@ def test_reconstruction_keeps_running_statistics_and_lowers_the_error(pem: str) 
     assert statistics
     assert all(torch.equal(after[name], value) for name, value in statistics.items())
     with torch.no_grad():
-        assert (fresh(batch) - expected).norm() < 0.8 * start
+        assert (fresh(batch) - expected).norm() < 0.9 * start
 
 
 def test_default_start_names_the_one_to_take_for_convolutions() -> None:

@@ -48,4 +48,4 @@ def _smooth_noise(
         return noise
     waves = dctn(noise, norm="ortho")
     waves *= np.outer(*(reflected_response(sigma, 3.0, side) for side in (height, width)))
-    return idctn(waves, norm="ortho")
+    return np.asarray(idctn(waves, norm="ortho"))

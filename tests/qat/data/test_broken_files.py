@@ -152,6 +152,16 @@ def test_file_without_permission_is_refused(folder: Path) -> None:
         read_rgb(lambda i: Image.open(folder / f"{i}.png"), 7)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_no_file_stays_open(folder: Path) -> None:
+    for number, kind in enumerate(KINDS):
+        place(kind, folder / f"{number}.png")
+    before = len(os.listdir("/proc/self/fd"))
+    for batch in stream(folder).batches():
+        assert len(batch.faults) == 8
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
 def test_stream_goes_on_when_every_file_is_gone(folder: Path) -> None:
     whole = stream(folder)
     shutil.rmtree(folder)
