@@ -95,7 +95,7 @@ def calibrate(
     _broadcast(model)
 
 
-def finite(batches: Iterable[Float[Tensor, "batch c h w"]]) -> Iterator[Tensor]:
+def finite(batches: Iterable[Float[Tensor, "_ c h w"]]) -> Iterator[Tensor]:
     """The batches, each checked.
 
     Raises:

@@ -76,7 +76,8 @@ def test_plan_applies_to_a_vit_without_an_idle_rule(path: Path, tiny_vit, images
     assert conversion.plan == Plan.load(path)
     bits = {quantizer.spec.bits for _, quantizer in quantizers(tiny_vit)}
     image = {8} if path.name.startswith("all") else set()
-    assert bits == ({1} if "binary" in path.name else {int(n) for n in path.stem if n.isdigit()} | image)
+    widths = {int(letter) for letter in path.stem if letter.isdigit()}
+    assert bits == ({1} if "binary" in path.name else widths | image)
     qat.calibrate(tiny_vit, [images])
     assert tiny_vit(images).isfinite().all()
 

@@ -10,7 +10,7 @@ adapted one. Running means over about `window` images:
                     above `diversity` the adapted model has stopped to tell classes apart
 
 Either is a collapse: the method starts anew, the batch gets the original's answer, and adaptation
-pauses, `pause` batches after the first collapse, twice as many after each further one. Else
+pauses, `pause` batches after the first collapse, four times as many after each further one. Else
 
     answer   (z_source + w (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + w)
 
@@ -101,7 +101,7 @@ class Guard:
         """Nothing seen but the number of collapses, and a pause ahead."""
         collapses = state["collapses"]
         fresh = self.start(len(state["source"]))
-        return {**fresh, "collapses": collapses + 1, "pause": self.pause * 2**collapses}
+        return {**fresh, "collapses": collapses + 1, "pause": self.pause * 4**collapses}
 
     def _observe(self, state: State, source: Tensor, adapted: Tensor) -> State:
         num_classes = source.shape[1]

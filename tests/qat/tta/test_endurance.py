@@ -18,7 +18,7 @@ def _resident() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_twenty_thousand_images_leave_no_trace() -> None:
-    tested = Adapter(shared(4), Tent(optimizer=SGD(lr=1e-5)), guard=Guard())
+    tested = Adapter(shared(8), Tent(optimizer=SGD(lr=1e-5)), guard=Guard())
     batches, labels = noisy(size=16), labels_of(size=16)
     laps, resident, files, threads = [], [], [], []
     for _ in range(12):  # 12 laps of 1797 images

@@ -110,7 +110,7 @@ def test_every_candidate_works_over_every_gradient_method(name: str, balance: st
     plain = replace(METHODS[name], balance=Plain())  # type: ignore[call-arg]
     states = []
     for each in (method, plain):
-        adapter = Adapter(shared(4), each, clean())
+        adapter = Adapter(shared(8), each, clean())
         outcomes = [adapter.adapt(batch).outcome for batch in noisy(size=16, sort=True)[:3]]
         assert "adapted" in outcomes and "rolled back" not in outcomes
         states.append(adapter.state)
