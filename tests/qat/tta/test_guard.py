@@ -114,10 +114,20 @@ def test_forced_collapse_is_found_and_undone(name: str, forced: str, seed: int) 
 
 
 @pytest.mark.slow
-def test_no_false_alarm_in_ten_thousand_batches_of_clean_images() -> None:
+def test_at_most_one_false_alarm_in_ten_thousand_batches_of_clean_images() -> None:
+    """A false alarm resets a state that is no worse than the original, on the last 20 batches."""
     tested = Adapter(shared(), Tent(optimizer=SGD(lr=1e-6)), guard=Guard())
-    batches = [batch for seed in range(90) for batch in noisy(seed, 0.0, size=16)][:10_000]
+    seeds = range(90)
+    batches = [batch for seed in seeds for batch in noisy(seed, 0.0, size=16)][:10_000]
+    labels = [truth for seed in seeds for truth in labels_of(seed, 16)][:10_000]
     assert len(batches) == 10_000
-    for batch in batches:
-        tested.adapt(batch)
-    assert tested.counts.reset <= 1
+    false_alarms = 0
+    for number, batch in enumerate(batches):
+        before = tested.state["method.params"]
+        if tested.adapt(batch).outcome is Outcome.RESET:
+            recent, truth = (torch.cat(rows[number - 20 : number]) for rows in (batches, labels))
+            with torch.no_grad():
+                adapted = (tested.on(before, recent).argmax(1) != truth).float().mean()
+            source = (tested.source(recent).argmax(1) != truth).float().mean()
+            false_alarms += bool(adapted <= source + 0.01)
+    assert false_alarms <= 1
