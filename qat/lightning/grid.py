@@ -42,12 +42,10 @@ def choices(grid: dict[str, list[str]]) -> Iterator[tuple[dict[str, str], tuple[
 def overlay(
     parser: LightningArgumentParser, config: Namespace, paths: tuple[str, ...], seed: int
 ) -> Namespace:
-    """The configuration with further recipe files laid over it."""
+    """The configuration with further recipe files, of which later ones win, laid over it."""
     overlaid = config.clone()
     overlaid.grid, overlaid.seed_everything = None, seed
-    for path in paths:
-        overlaid = parser.parse_object(load_recipe(path), overlaid)
-    return overlaid
+    return parser.parse_object(load_recipe(*paths), overlaid)
 
 
 def run_grid(
@@ -83,7 +81,9 @@ def grid_table(
         keys: Lists of the grid.
         columns: What was measured, and digits to show; one or none goes without deviation.
     """
-    table = Table(*keys, "draws", *columns, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for heading in (*keys, "draws", *columns):
+        table.add_column(heading, overflow="fold")  # a cell cut short would lose its digits
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

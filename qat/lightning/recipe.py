@@ -20,19 +20,25 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.plan import nearest
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
+def load_recipe(*paths: str | Path) -> dict[str, Any]:
     """The recipe in a file, with what it builds on merged in and every reference resolved.
 
+    Of several files the later ones are laid over the earlier ones.
+
     Raises:
-        ValueError: If the file or one it builds on is missing or no YAML mapping, or a reference
+        ValueError: If a file or one it builds on is missing or no YAML mapping, or a reference
             cannot be resolved.
     """
+    recipe: dict[str, Any] = {}
+    for path in paths:
+        recipe = _merge(recipe, _compose(Path(path)))
     try:
-        return OmegaConf.to_container(OmegaConf.create(_compose(Path(path))), resolve=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         hint = "; set it to the folder of the assets" if "LOWBIT_ASSETS" in reason else ""
-        raise ValueError(f"recipe '{path}': {reason}{hint}") from None
+        names = ", ".join(f"'{path}'" for path in paths)
+        raise ValueError(f"recipe {names}: {reason}{hint}") from None
 
 
 def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What several commands share: arguments, trainer, evaluation, and what every run reports."""
 
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,12 @@ from qat.report import cost_items, coverage_lines, coverage_table
 from qat.search.cost import cost
 from qat.search.patchwise import PatchBits, patchwise
 
-console = Console(quiet=not is_first_process())
+WIDTH_OF_FILES = 160
+"""Columns where the output goes to a file, so that no table loses digits there."""
+
+console = Console(
+    quiet=not is_first_process(), width=None if sys.stdout.isatty() else WIDTH_OF_FILES
+)
 
 
 def add_run_arguments(parser: LightningArgumentParser) -> None:

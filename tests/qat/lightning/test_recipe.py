@@ -50,6 +50,13 @@ def test_another_class_path_replaces_the_whole_mapping(tmp_path: Path) -> None:
     assert load_recipe(same) == load_recipe(none) == both
 
 
+def test_later_files_are_laid_over_earlier_ones_before_any_is_parsed(tmp_path: Path) -> None:
+    method = _write(tmp_path / "a.yaml", "m: {class_path: A, init_args: {x: 1}}\nn: 1")
+    length = _write(tmp_path / "b.yaml", "m: {init_args: {y: 2}}\nn: 2")
+    both = {"m": {"class_path": "A", "init_args": {"x": 1, "y": 2}}, "n": 2}
+    assert load_recipe(method, length) == both
+
+
 def test_bases_are_relative_to_the_recipe_that_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
