@@ -125,7 +125,7 @@ def threshold(weights: str, images: str, labels: str) -> None:
                     for name, (_, found) in input_statistics(model, batches[0]).items():
                         print(f"{name}: J {found.fluctuation:.3f}, max {found.largest.max():.1f}")
                 torch.manual_seed(seed)
-                LRQDiT(AdaptiveRotation(threshold=level))(model, [batches[0]])
+                LRQDiT(AdaptiveRotation(threshold=level), smooth=False)(model, [batches[0]])
                 with torch.no_grad():
                     gap = (model(*batches[1]) - exact).square().mean()
                 gaps.setdefault((f"W{bits[0]}A{bits[1]}", level), []).append(float(gap))
@@ -148,7 +148,7 @@ def weights(file: str, images: str, labels: str) -> None:
                 quantizer = PerOperand(weight=factory, input=DynamicToken)
                 qat.convert_(model, plan("blocks.*", bits, 8), quantizer)
                 torch.manual_seed(0)
-                LRQDiT(rotate)(model, [batch])
+                LRQDiT(rotate, smooth=False)(model, [batch])
                 found = [_ratios(*pair) for pair in input_statistics(model, batch).values()]
                 of_weights, of_outputs = (mean(ratios) for ratios in zip(*found, strict=True))
                 kind = "none" if rotate is None else "Hadamard"

@@ -91,7 +91,7 @@ class RecipeFile(ActionConfigFile):
             _refuse_unknown(recipe, [action.dest for action in parser._actions])
         except ValueError as error:
             raise TypeError(f"recipe '{value}': {error}") from None
-        text = yaml.safe_dump(recipe)
+        text = yaml.safe_dump(recipe, sort_keys=False)  # the lists of a grid keep their order
         ActionConfigFile.apply_config(parser, cfg, dest, text)
         cfg[dest][-1] = value
 

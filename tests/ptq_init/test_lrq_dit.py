@@ -68,7 +68,7 @@ def test_transformed_model_in_float_computes_what_it_did(
 def test_fluctuation_decides_layer_by_layer_and_is_noted() -> None:
     model, journal = converted(_salient()), _Heard()
     statistics = input_statistics(model, tuple(torch.cat(p) for p in zip(*_batches(), strict=True)))
-    LRQDiT(AdaptiveRotation(8.0, salient=QUICK))(model, _batches(), journal)
+    LRQDiT(AdaptiveRotation(8.0, salient=QUICK), smooth=False)(model, _batches(), journal)
     noted = {row["layer"]: row for row in journal.notes["transforms"]}
     assert len(noted) == 8
     for name, (layer, found) in statistics.items():
@@ -126,7 +126,7 @@ def test_rotations_and_scaling_help_where_channels_are_huge() -> None:
 def test_factories_choose_the_grid_and_nothing_else_changes() -> None:
     """Without transforms the initialiser is plain calibration of the weights."""
     model, other = (converted(tiny_dit(), factory=UNIFORM) for _ in range(2))
-    LRQDiT(rotate=None)(model, _batches())
+    LRQDiT(rotate=None, smooth=False)(model, _batches())
     qat.calibrate(other, _batches())
     assert_same_state(model.state_dict(), other.state_dict())
 
@@ -177,7 +177,7 @@ def test_a_model_without_quantized_inputs_is_refused() -> None:
     qat.convert_(model, qat.Plan.from_list([{"pattern": "0", "weight": spec}]), Affine)
     with pytest.raises(ValueError, match="rotate: null and smooth: false"):
         LRQDiT()(model, [torch.randn(2, 8)])
-    LRQDiT(rotate=None)(model, [torch.randn(2, 8)])
+    LRQDiT(rotate=None, smooth=False)(model, [torch.randn(2, 8)])
 
 
 def test_twin_log_weights_see_the_rotated_weight() -> None:

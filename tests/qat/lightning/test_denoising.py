@@ -83,7 +83,7 @@ def test_fit_measures_noise_and_samples_and_its_checkpoint_loads(trained: Path) 
 def test_quantize_writes_the_contract_and_both_grids_of_samples(
     trained: Path, verdict: Path, tmp_path: Path
 ) -> None:
-    recipe = _recipe(tmp_path / "dit.yaml", verdict, "w4a4", "lrq_smooth", **_trained(trained))
+    recipe = _recipe(tmp_path / "dit.yaml", verdict, "w4a4", "lrq", **_trained(trained))
     found = _quantize(recipe, tmp_path / "run")
     keys = {"noise_error", "class_accuracy", "frechet", "size_bytes", "noise_gap", "agreement"}
     keys |= {"sample_error", "noise_error_float", "seconds_calibration", "coverage_macs", "bops"}

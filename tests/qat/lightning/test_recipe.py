@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qat.lightning.cli import main
+from qat.lightning.cli import main, make_parser
 from qat.lightning.recipe import load_recipe
 
 
@@ -55,6 +55,14 @@ def test_later_files_are_laid_over_earlier_ones_before_any_is_parsed(tmp_path: P
     length = _write(tmp_path / "b.yaml", "m: {init_args: {y: 2}}\nn: 2")
     both = {"m": {"class_path": "A", "init_args": {"x": 1, "y": 2}}, "n": 2}
     assert load_recipe(method, length) == both
+
+
+def test_lists_of_a_grid_keep_the_order_of_the_recipe(tmp_path: Path) -> None:
+    grid = {"method": ["m.yaml"], "length": ["l.yaml"], "bits": ["b.yaml"]}
+    recipe = _write(tmp_path / "r.yaml", yaml.safe_dump({"grid": grid}, sort_keys=False))
+    parser, _ = make_parser()
+    parsed = parser.parse_args(["quantize", "--config", str(recipe)])
+    assert list(parsed["quantize"].grid) == list(grid)
 
 
 def test_bases_are_relative_to_the_recipe_that_names_them(
