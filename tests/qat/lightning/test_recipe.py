@@ -59,9 +59,10 @@ def test_later_files_are_laid_over_earlier_ones_before_any_is_parsed(tmp_path: P
 
 def test_lists_of_a_grid_keep_the_order_of_the_recipe(tmp_path: Path) -> None:
     grid = {"method": ["m.yaml"], "length": ["l.yaml"], "bits": ["b.yaml"]}
-    recipe = _write(tmp_path / "r.yaml", yaml.safe_dump({"grid": grid}, sort_keys=False))
+    recipe = {"base": str(Path("configs/default.yaml").resolve()), "grid": grid}
+    path = _write(tmp_path / "r.yaml", yaml.safe_dump(recipe, sort_keys=False))
     parser, _ = make_parser()
-    parsed = parser.parse_args(["quantize", "--config", str(recipe)])
+    parsed = parser.parse_args(["quantize", "--config", str(path)])
     assert list(parsed["quantize"].grid) == list(grid)
 
 
