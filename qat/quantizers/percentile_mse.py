@@ -51,13 +51,16 @@ class PercentileMSE(Observer):
         """Add the error of every candidate on this batch."""
         if not self.count:
             self.upper.copy_(upper_quantiles(groups, self.fractions))
-            self.lower.copy_(-upper_quantiles(-groups, self.fractions))
+            self.lower.copy_(lower_quantiles(groups, self.fractions))
+        grids = [
+            scale_of_range(lower, upper, self.spec, contains_zero=False)
+            for lower, upper in zip(self.lower, self.upper, strict=True)
+        ]
         # In parts that stay in the cache of a processor, many times faster than whole tensors.
         size = max(1, PART // len(groups) // self.num_features) * self.num_features
         for part in groups.split(size, dim=1):
             energy = self._energy(part)
-            for i in range(len(self.fractions)):
-                grid = scale_of_range(self.lower[i], self.upper[i], self.spec, contains_zero=False)
+            for i, grid in enumerate(grids):
                 errors = squared_errors(part, *grid, self.spec)
                 if energy is None:
                     self.error[i] += errors.sum(1)
@@ -88,25 +91,36 @@ def upper_quantiles(
         tensor([[3.5000],
                 [4.0000]])
     """
+    return _quantiles(groups, fractions, largest=True)
+
+
+def lower_quantiles(
+    groups: Float[Tensor, "rows values"], fractions: tuple[float, ...]
+) -> Float[Tensor, "fractions rows"]:
+    """The quantiles 1 - p near the bottom of each row, as `upper_quantiles`."""
+    return _quantiles(groups, fractions, largest=False)
+
+
+def _quantiles(groups: Tensor, fractions: tuple[float, ...], largest: bool) -> Tensor:
     last = groups.shape[1] - 1
-    ranks = [fraction * last for fraction in fractions]
+    ranks = [fraction * last for fraction in fractions]  # counted from the other end
     tail = min(last + 1, last - int(min(ranks)) + 1)
-    top = _largest(groups, tail)
+    end = _tail(groups, tail, largest)
     quantiles = []
     for rank in ranks:
         below = int(rank)
         above = min(below + 1, last)
-        quantiles.append(torch.lerp(top[:, last - below], top[:, last - above], rank - below))
+        quantiles.append(torch.lerp(end[:, last - below], end[:, last - above], rank - below))
     return torch.stack(quantiles)
 
 
-def _largest(groups: Tensor, count: int) -> Tensor:
-    """The `count` largest values of each row, in descending order."""
+def _tail(groups: Tensor, count: int, largest: bool) -> Tensor:
+    """The `count` outermost values of each row, from the end inwards."""
     if len(groups) == 1 and groups.shape[1] > 4 * PART:
         # A bound from every 64th value spares sorting most of a long row; it is checked.
         row, sample = groups[0], groups[0, ::64]
-        bound = sample.topk(min(len(sample), count // 32 + 16)).values[-1]
-        candidates = row[row >= bound]
+        bound = sample.topk(min(len(sample), count // 32 + 16), largest=largest).values[-1]
+        candidates = row[row >= bound if largest else row <= bound]
         if len(candidates) >= count:
-            return candidates.topk(count).values[None]
-    return groups.topk(count, dim=1).values
+            return candidates.topk(count, largest=largest).values[None]
+    return groups.topk(count, dim=1, largest=largest).values
