@@ -5,14 +5,18 @@ Yang, Li, Xiao, Gong, Gu. ICIP 2024. https://arxiv.org/abs/2406.09229
 The abstract names four parts and gives no formula; no code is public. Our reading, stage by stage:
 
     OBWR  L_OB = mean || N(O^_l) - N(O_l) ||^2
-    EBGS  L_EB = tau^2 KL( softmax(y / tau) || softmax(y^_l / tau) )
+    EBGS  L_EB = mean_n sum_t a_t || N(O^_l)_t - N(O_l)_t ||^2,   a_t ~ || d log p / d O_l,t ||^2
+     or   L_EB = tau^2 KL( softmax(y / tau) || softmax(y^_l / tau) )
     IBLS  L_IB = mean_m mean_{n,t} KL( softmax(H_m / tau_m) || softmax(H^_m / tau_m) )
     L = L_OB + lambda_1 L_EB + lambda_2 L_IB,   lambda_i = c_i L_OB0 / L_i0
 
-O^_l is the output of block l on the quantized prefix, O_l the float one on float inputs; y^_l the
-logits that the remaining float blocks make of O^_l, y the float logits; H_m the output of layer m,
-with its standard deviation tau_m, softmax over the channels; L_i0 a term at the first step of the
-block.
+O^_l is the output of block l on the quantized prefix, O_l the float one on float inputs; a_t the
+share of token t in what the float model's answer to image n depends on; y^_l the logits that the
+remaining float blocks make of O^_l, y the float logits; H_m the output of layer m, with its
+standard deviation tau_m, softmax over the channels; L_i0 a term at the first step of the block.
+
+Both forms of EBGS tie a block's output to the model's. The second learns the logits of few images
+by heart and loses accuracy on others, so the first is the default (docs/log.md).
 
 N is the normalization of each token: with plain squared error the few tokens of huge norm decide
 everything from the middle of the network on (docs/log.md). Start: RepQ-ViT, its ranges searched
@@ -36,8 +40,24 @@ from qat.trainable import Rounding, Steps, Trainable, Weights
 
 
 @dataclass(frozen=True)
-class GlobalSupervision:
-    """EBGS: divergence of the logits that the rest of the float model makes of the output.
+class TokenSupervision:
+    """EBGS by tokens: error of the output, each token by what the model's answer hangs on it."""
+
+    needs_layers: bool = field(default=False, init=False)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Mean over images; zero for logits, behind which there is no model."""
+        importance = step.importance()
+        if importance is None:
+            return step.output.new_zeros(())
+        ours, theirs = (F.layer_norm(x, x.shape[-1:]) for x in (step.output, step.target))
+        errors = (ours - theirs).square().mean(-1)
+        return (importance * errors).flatten(1).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class LogitSupervision:
+    """EBGS by logits: divergence of those that the rest of the float model makes of the output.
 
     Attributes:
         temperature: Softens both distributions.
@@ -80,6 +100,7 @@ class MGRQ:
     Attributes:
         global_weight: c_1, of EBGS; 0 leaves it, and its cost, out.
         local_weight: c_2, of IBLS; 0 leaves it, and its cost, out.
+        supervision: What EBGS compares, `tokens` by their importance or `logits`.
         normalise: Fuse the losses with the lambda above; otherwise with c_i alone.
         rounding: `ste` trains weights straight through rounding, `adaround` its direction.
         num_steps: Steps for each block.
@@ -88,7 +109,7 @@ class MGRQ:
         step_lr: Learning rate of activation steps, as a share of their size.
         drop: Probability that an activation value passes unquantized in training (QDrop).
         exact_inputs: Probability that a value of a block's input is that of the float model.
-        temperature: tau of EBGS.
+        temperature: tau of EBGS by logits.
         num_init: Images, the first ones, on which quantizers are calibrated.
         per_token: Weight the error of each token by its inverse energy in the search of ranges.
         seed: Seeds the choice of images.
@@ -96,6 +117,7 @@ class MGRQ:
 
     global_weight: float = 0.5
     local_weight: float = 0.5
+    supervision: Literal["tokens", "logits"] = "tokens"
     normalise: bool = True
     rounding: Literal["ste", "adaround"] = "ste"
     num_steps: int = 60
@@ -122,7 +144,10 @@ class MGRQ:
         terms: dict[str, Term] = {"block": OutputError()}
         weights = {"block": 1.0}
         if self.global_weight:
-            terms["global"] = GlobalSupervision(self.temperature)
+            by_logits = self.supervision == "logits"
+            terms["global"] = (
+                LogitSupervision(self.temperature) if by_logits else TokenSupervision()
+            )
             weights["global"] = self.global_weight
         if self.local_weight:
             terms["local"] = LocalSupervision()

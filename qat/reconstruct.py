@@ -18,7 +18,7 @@ each image.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from qat.calibrate import Initialiser, joined, untouched_on_error
 from qat.journal import Journal
 from qat.quantizers import Phase, set_phase
-from qat.stage_data import StageData, dropped, linear_layers, tapped, weights_of
+from qat.stage_data import (
+    StageData,
+    dropped,
+    linear_layers,
+    tapped,
+    token_importance,
+    weights_of,
+)
 from qat.stages import Stage, stages
 from qat.terms import Term
 from qat.trainable import Trainable
@@ -112,6 +119,8 @@ class Reconstruction:
             view = self.perturb(images, torch.Generator().manual_seed(self.seed))
         journal.note("activation_bytes", activation_bytes(goal, images, view is not None))
         logits = _run(original, images)
+        classes = torch.Generator().manual_seed(self.seed)
+        importance = cache(lambda: token_importance(goal, images, classes, EVALUATION_BATCH))
         quantized = exact = images
         trainable = {p for p in model.parameters() if p.requires_grad}
         model.requires_grad_(False)
@@ -125,7 +134,15 @@ class Reconstruction:
                     rest = goal[index + 1 :]
                     weights = weights_of(stage, quantized, view)
                     data = StageData(
-                        quantized, view, exact, target, logits, rest, self.exact_inputs, weights
+                        quantized=quantized,
+                        view=view,
+                        exact=exact,
+                        target=target,
+                        logits=logits,
+                        rest=rest,
+                        exact_inputs=self.exact_inputs,
+                        weights=weights,
+                        importance=lambda index=index: importance()[index],
                     )
                     generator = torch.Generator().manual_seed(self.seed * 1009 + index)
                     self._train(stage, reference, data, generator, partial(journal.step, part))

@@ -1,6 +1,6 @@
 """What the training steps of one stage are drawn from: batches, mixed inputs, outputs of layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ class StageData:
         rest: Float stages that follow.
         exact_inputs: Probability that a value of an input is the exact one.
         weights: Quantized weights of the stage.
+        importance: Of every token of the outputs, if a term asks; see `token_importance`.
     """
 
     quantized: Tensor
@@ -39,6 +40,7 @@ class StageData:
     rest: list[Stage]
     exact_inputs: float
     weights: list[QuantizedWeight]
+    importance: Callable[[], Tensor | None]
 
     def draw(
         self,
@@ -67,6 +69,7 @@ class StageData:
             self.logits[chosen],
             self._remainder,
             taps.read(),
+            lambda: None if (shares := self.importance()) is None else shares[chosen],
             Probe(stage.forward, inputs, view, self.weights, not self.rest, generator),
         )
 
@@ -158,6 +161,41 @@ def _shift(layer: nn.Module, *inputs: Tensor) -> Tensor | None:
     change = (inputs[1] - inputs[0]).square()
     channels = 1 if hasattr(layer, "kernel_size") else change.ndim - 1
     return change.mean([axis for axis in range(change.ndim) if axis != channels])
+
+
+def token_importance(
+    chain: list[Stage], images: Tensor, generator: torch.Generator, at_once: int
+) -> list[Tensor | None]:
+    """What share of the answers of a float model hangs on each token of each stage's output.
+
+    The squared gradient, by the token, of the log-probability of a class that the model itself
+    draws (one draw of the diagonal Fisher information), as a share of that of all tokens of the
+    image. One forward and one backward pass for all stages.
+
+    Args:
+        chain: Float stages, without trainable parameters.
+        images: All images.
+        generator: Draws the classes, on the processor.
+        at_once: Images of a pass; bounds the memory.
+
+    Returns:
+        For each stage `images x tokens`, of sum 1 for each image; None where the output has none.
+    """
+    found: list[list[Tensor]] = [[] for _ in chain]
+    with torch.enable_grad():
+        for part in images.split(at_once):
+            outputs = [chain[0].forward(part).detach().requires_grad_()]
+            for stage in chain[1:]:
+                outputs.append(stage.forward(outputs[-1]))
+            log_p = outputs[-1].log_softmax(-1)
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+            chosen = log_p.gather(1, drawn.to(log_p.device)).sum()
+            for seen, gradient in zip(found, torch.autograd.grad(chosen, outputs), strict=True):
+                energy = gradient.square().sum(-1)
+                if energy.ndim > 1:
+                    total = energy.flatten(1).sum(1).clamp(min=torch.finfo(energy.dtype).tiny)
+                    seen.append(energy / total.view(-1, *[1] * (energy.ndim - 1)))
+    return [torch.cat(seen) if seen else None for seen in found]
 
 
 def linear_layers(stage: Stage) -> list[nn.Module]:

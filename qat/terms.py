@@ -79,6 +79,8 @@ class Step:
         remainder: What follows the stage in the float model, up to the logits.
         layers: Of each linear layer in the stage, its output in the quantized and in the float
             stage; empty unless a term asks for it.
+        importance: The share of each token of the output in what the float model's answers depend
+            on, `images x tokens`; None where the output has no tokens.
         probe: Further runs of the quantized stage, and its weights.
     """
 
@@ -87,6 +89,7 @@ class Step:
     logits: Tensor
     remainder: Callable[[Tensor], Tensor]
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    importance: Callable[[], Tensor | None] = lambda: None
     probe: Probe | None = None
 
     @cached_property

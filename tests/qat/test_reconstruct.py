@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ptq_init.dopq_vit import DopQViT
-from ptq_init.mgrq import MGRQ, GlobalSupervision, LocalSupervision
+from ptq_init.mgrq import MGRQ, LocalSupervision, LogitSupervision, TokenSupervision
 from ptq_init.repq_vit import RepQViT
 from ptq_init.ttaq import TTAQ
 from qat import Phase, convert_
@@ -20,6 +20,7 @@ from qat.journal import Journal
 from qat.models import timm_model
 from qat.quantizers import Affine, LogSqrt2, PerOperand, TanQ, quantizers
 from qat.reconstruct import Reconstruction, activation_bytes
+from qat.stage_data import token_importance
 from qat.stages import stages
 from qat.terms import OutputError, Step
 from qat.trainable import Rounding, SoftRounding, Steps, Weights
@@ -28,7 +29,14 @@ from tests.ptq_init.common import images, plan, tiny_swin, tiny_vit
 LOG = PerOperand(attention=LogSqrt2)
 METHODS = [
     MGRQ(num_steps=3, batch_size=4),
-    MGRQ(num_steps=3, batch_size=4, rounding="adaround", drop=0.5, normalise=False),
+    MGRQ(
+        num_steps=3,
+        batch_size=4,
+        supervision="logits",
+        rounding="adaround",
+        drop=0.5,
+        normalise=False,
+    ),
     DopQViT(num_steps=2, batch_size=4),
     TTAQ(num_steps=2, batch_size=4, pem="C"),
 ]
@@ -232,8 +240,43 @@ def test_global_supervision_is_the_divergence_of_logits() -> None:
     step = Step(ours, ours, theirs, lambda x: x)
     p = torch.tensor([[0.0, 1.0]]).softmax(1)
     q = torch.tensor([[0.5, 0.0]]).softmax(1)
-    assert_close(GlobalSupervision(2.0)(step), 4 * (p * (p / q).log()).sum())
-    assert GlobalSupervision()(Step(theirs, theirs, theirs, lambda x: x)).abs() < 1e-7
+    assert_close(LogitSupervision(2.0)(step), 4 * (p * (p / q).log()).sum())
+    assert LogitSupervision()(Step(theirs, theirs, theirs, lambda x: x)).abs() < 1e-7
+
+
+def test_importance_of_tokens_is_the_share_of_each_in_the_gradient_of_the_models_own_answer() -> (
+    None
+):
+    model = tiny_vit().eval().requires_grad_(False)
+    shares = token_importance(stages(model), images(6), torch.Generator().manual_seed(0), 4)
+    *blocks, logits = shares
+    assert logits is None
+    for share in blocks:
+        assert share is not None and share.shape == (6, 17)
+        assert_close(share.sum(1), torch.ones(6))
+    last = blocks[-1]
+    assert last is not None and last[:, 0].min() == 1  # the classifier reads the class token alone
+    one, two = (
+        token_importance(stages(model), images(6), torch.Generator().manual_seed(0), n)
+        for n in (1, 6)
+    )
+    for a, b in zip(one[:-1], two[:-1], strict=True):
+        assert a is not None and b is not None
+        assert_close(a, b, rtol=1e-3, atol=1e-6)  # however many at once
+
+
+def test_global_supervision_by_tokens_weighs_each_tokens_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
+    importance = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+    step = Step(ours, theirs, theirs, lambda x: x, importance=lambda: importance)
+
+    def error(image: int, token: int) -> Tensor:
+        return OutputError()(Step(ours[image, token], theirs[image, token], theirs, lambda x: x))
+
+    expected = (error(0, 0) + (error(1, 1) + error(1, 2)) / 2) / 2
+    assert_close(TokenSupervision()(step), expected)
+    assert TokenSupervision()(Step(ours, theirs, theirs, lambda x: x)) == 0
 
 
 def test_local_supervision_is_the_mean_divergence_of_softened_layer_outputs() -> None:

@@ -96,21 +96,21 @@ def test_interrupted_run_continues_to_the_same_model(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _quantize(trained, tmp_path / "whole")
-    exact = mgrq.GlobalSupervision.__call__
+    exact = mgrq.TokenSupervision.__call__
     calls = []
 
-    def stop(self: mgrq.GlobalSupervision, step: Any) -> torch.Tensor:
+    def stop(self: mgrq.TokenSupervision, step: Any) -> torch.Tensor:
         calls.append(step)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return exact(self, step)
 
-    monkeypatch.setattr(mgrq.GlobalSupervision, "__call__", stop)
+    monkeypatch.setattr(mgrq.TokenSupervision, "__call__", stop)
     words = ("--config", trained, "--run_dir", tmp_path / "run", *QUIET)
     assert runs.run("quantize", *words) == 130
     stages = tmp_path / "run" / "stages"
     assert [path.name for path in stages.iterdir()] == ["patch_embed.ckpt"]
-    monkeypatch.setattr(mgrq.GlobalSupervision, "__call__", exact)
+    monkeypatch.setattr(mgrq.TokenSupervision, "__call__", exact)
     found = _quantize(trained, tmp_path / "run", "--ckpt_path", "last")
     assert found["resumed"] and not whole["resumed"]
     first, second = (
