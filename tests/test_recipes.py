@@ -7,7 +7,6 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from pytorch_lightning.cli import LightningArgumentParser
 
 import qat
 from qat import Plan
@@ -43,11 +42,6 @@ def _dummy_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.fixture(scope="module")
-def parser() -> LightningArgumentParser:
-    return make_parser()[0]
-
-
 def test_there_are_recipes_and_plans_to_try() -> None:
     assert {"default.yaml", "digits_teacher.yaml"} <= {_name(path) for path in AT_HAND}
     assert len(NEEDY) >= 4 and len(PLANS) >= 2
@@ -55,9 +49,8 @@ def test_there_are_recipes_and_plans_to_try() -> None:
 
 @pytest.mark.usefixtures("_dummy_folders")
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
-def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(
-    path: Path, parser: LightningArgumentParser
-) -> None:
+def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
+    parser, _ = make_parser()
     command = COMMANDS.get(path.parent.name, "fit")
     config = parser.parse_args([command, "--config", str(path)])[command]
     recipe = load_recipe(path)

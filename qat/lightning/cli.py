@@ -8,6 +8,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
@@ -31,8 +32,9 @@ DEFAULT = ("fit", "--config", "configs/default.yaml")
 DESCRIPTION = "Low-bit vision transformers. Without arguments: " + " ".join(DEFAULT)
 
 
+@cache
 def make_parser() -> tuple[LightningArgumentParser, dict[str, LightningArgumentParser]]:
-    """The parser of the program, and that of each command."""
+    """The parser of the program, and that of each command; made once a process."""
     options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
     parser = LightningArgumentParser(prog="train.py", description=DESCRIPTION, **options)
     commands = parser.add_subcommands(dest="command")
