@@ -7,7 +7,7 @@ from torch import Tensor
 from qat.quantizers.observers import Observer, scale_of_range, squared_errors
 from qat.spec import QuantSpec
 
-PART = 2**16
+PART = 2**17
 """Values that a search looks at together."""
 
 
