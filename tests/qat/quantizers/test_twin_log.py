@@ -11,8 +11,15 @@ from torch.testing import assert_close
 
 from qat import Granularity, Operand, Phase, QuantSpec
 from qat.quantizers import MSE, Affine, Quantizer, QuantizerFactory, TwinLog
-from qat.quantizers.twin_log import MODES, OFFSETS, QUANTILES, Mode, search, shift_and_multiply
-from qat.quantizers.twin_log import range_of_code as code_ranges
+from qat.quantizers.twin_log_grid import (
+    MODES,
+    OFFSETS,
+    QUANTILES,
+    Mode,
+    search,
+    shift_and_multiply,
+)
+from qat.quantizers.twin_log_grid import range_of_code as code_ranges
 
 ROWS, SIZE = 6, 64
 PER_CHANNEL = Granularity.PER_CHANNEL
