@@ -131,7 +131,7 @@ def searched(
     costs, space = cost(template), pmq.Space()
     task = pmq.problem(costs, table, space, "bops", pmq.cost_of("bops", None))
     picks = allocate(task.components, budget - task.constant, seed)
-    return pmq.plan_of(template, pmq.chosen_bits(task.components, picks, costs, table), {})
+    return pmq.plan_of(template, pmq.chosen_bits(task.components, picks, table), {})
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.layers import quantized_weights, through
+from qat.likelihood import log_likelihoods
 from qat.quantizers import quantizers
 from qat.spec import Operand
 from qat.stages import Stage
@@ -187,9 +188,7 @@ def token_importance(
             outputs = [chain[0].forward(part).detach().requires_grad_()]
             for stage in chain[1:]:
                 outputs.append(stage.forward(outputs[-1]))
-            log_p = outputs[-1].log_softmax(-1)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
-            chosen = log_p.gather(1, drawn.to(log_p.device)).sum()
+            chosen = log_likelihoods(outputs[-1], "sampled", None, generator).sum()
             for seen, gradient in zip(found, torch.autograd.grad(chosen, outputs), strict=True):
                 energy = gradient.square().sum(-1)
                 if energy.ndim > 1:

@@ -30,12 +30,11 @@ from qat.quantizers import quantizers
 from qat.search.allocate import Component, Frontier, Option, Picks, totals
 from qat.search.cost import Cost, Site, Width, cost
 from qat.search.latency import LatencyTable
-from qat.search.probe import Slot, slot_of
+from qat.search.probe import Slot, slot_of, slots_of
 from qat.search.sensitivity import Table
 from qat.spec import Operand
 
 Measure = Literal["bops", "size_bytes", "seconds"]
-PRODUCTS = {".qk": (Operand.QUERY, Operand.KEY), ".av": (Operand.ATTENTION, Operand.VALUE)}
 BINARY = 1
 
 
@@ -72,15 +71,6 @@ class Space:
         if left == right:
             return True
         return self.pairs == "any" and BINARY not in (left, right)
-
-
-def slots_of(site: Site) -> tuple[Slot, Slot]:
-    """The left and the right operand of a product, in the order of `Site.bits`."""
-    for ending, (left, right) in PRODUCTS.items():
-        if site.name.endswith(ending):
-            owner = site.name.removesuffix(ending)
-            return Slot(owner, left), Slot(owner, right)
-    return Slot(site.name, Operand.INPUT), Slot(site.name, Operand.WEIGHT)
 
 
 def slots(model: nn.Module, space: Space) -> dict[Slot, tuple[int, ...]]:
@@ -145,7 +135,7 @@ def problem(costs: Cost, table: Table, space: Space, measure: Measure, price: Si
     """
     components, constant = [], 0.0
     for site in costs.sites:
-        rows = [table.get(slot) for slot in slots_of(site)]
+        rows = [table.get(slot) for slot in slots_of(site.name)]
         if not any(rows):
             constant += price(site)
             continue
@@ -164,7 +154,7 @@ def problem(costs: Cost, table: Table, space: Space, measure: Measure, price: Si
             )
         components.append(Component.of(site.name, options))
     if measure == "size_bytes":
-        chosen = sum(price(s) for s in costs.sites if any(table.get(t) for t in slots_of(s)))
+        chosen = sum(price(s) for s in costs.sites if any(table.get(t) for t in slots_of(s.name)))
         constant = costs.size_bytes - chosen
     return Problem(tuple(components), constant)
 
@@ -193,14 +183,11 @@ def plan_of(template: nn.Module, chosen: Mapping[Slot, int], reasons: Mapping[st
     return Plan((*rules, *(Rule(name, reason=reason) for name, reason in kept)))
 
 
-def chosen_bits(
-    components: tuple[Component, ...], picks: Picks, costs: Cost, table: Table
-) -> dict[Slot, int]:
+def chosen_bits(components: tuple[Component, ...], picks: Picks, table: Table) -> dict[Slot, int]:
     """The width of each slot of the table."""
-    sites = {site.name: site for site in costs.sites}
     found = {}
     for component, pick in zip(components, picks, strict=True):
-        pair = zip(slots_of(sites[component.name]), component.options[pick].bits, strict=True)
+        pair = zip(slots_of(component.name), component.options[pick].bits, strict=True)
         found |= {slot: int(bits) for slot, bits in pair if slot in table}
     return found
 

@@ -36,6 +36,25 @@ class Slot(NamedTuple):
         return f"{self.module}:{self.operand}"
 
 
+PRODUCTS = {".qk": (Operand.QUERY, Operand.KEY), ".av": (Operand.ATTENTION, Operand.VALUE)}
+"""Left and right operand of the products of an attention, by the ending of the product's name."""
+
+
+def product_of(slot: Slot) -> str:
+    """Name of the product that a slot is an operand of: a layer, or `<attention>.qk` or `.av`."""
+    endings = (ending for ending, operands in PRODUCTS.items() if slot.operand in operands)
+    return slot.module + next(endings, "")
+
+
+def slots_of(product: str) -> tuple[Slot, Slot]:
+    """The left and the right operand of a product, by its name."""
+    for ending, (left, right) in PRODUCTS.items():
+        if product.endswith(ending):
+            owner = product.removesuffix(ending)
+            return Slot(owner, left), Slot(owner, right)
+    return Slot(product, Operand.INPUT), Slot(product, Operand.WEIGHT)
+
+
 def slot_of(path: str, quantizer: Quantizer) -> Slot:
     """The slot of a quantizer at a path such as `blocks.0.attn.qk.left_quantizer`."""
     owner = path.rpartition(".")[0]

@@ -21,6 +21,7 @@ from qat.lightning.adaptation import Adaptation
 from qat.lightning.commands.common import (
     add_run_arguments,
     add_training_arguments,
+    arguments_of,
     check_coverage,
     console,
     make_data,
@@ -31,6 +32,7 @@ from qat.lightning.commands.common import (
     recipe_name,
     resumes,
     run_items,
+    show,
     trainer_arguments,
 )
 from qat.lightning.data import VisionData
@@ -44,6 +46,19 @@ from qat.tta import Adapter, Guard, Method
 from qat.tta.store import SLOTS, Store
 
 HELP = "adapt a model to a stream of corrupted images, and compare it with the model left alone"
+ROWS = {
+    "mean error, without adaptation": ("error_source_mean", "{:.4f}"),
+    "mean error": ("error_mean", "{:.4f}"),
+    "worst error": ("error_worst", "{:.4f}"),
+    "largest loss against no adaptation": ("loss_worst", "{:+.4f}"),
+    "batches adapted": ("n_adapted", "{:,}"),
+    "batches rolled back": ("n_rolled_back", "{:,}"),
+    "resets": ("n_reset", "{:,}"),
+    "images refused": ("n_refused", "{:,}"),
+    "images sent backward": ("n_backward", "{:,}"),
+    "seconds, over those without adaptation": ("seconds_ratio", "{:.2f}"),
+    "bytes of state": ("state_bytes", "{:,}"),
+}
 COLUMNS = {
     "error_source_mean": 4, "error_mean": 4, "error_worst": 4, "loss_worst": 4,
     "error_class_mean": 4, "ece_mean": 4, "n_reset": 1, "seconds_ratio": 1,
@@ -103,7 +118,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
         adapt(parser, config, folder, folder.path / "model.ckpt")
         items = folder.read_metrics()
         console.print(corruption_table(items))
-        console.print(summary_table(items))
+        show(items, ROWS, "Adaptation")
     else:
         compare(parser, config, folder)
     console.print(f"run folder: {folder.path}")
@@ -128,8 +143,7 @@ def adapt(
     model = _model(parser, config, data, model_path)
     check_coverage(model, config.require_coverage)
     objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
-    stream_settings = parser.instantiate(Namespace(stream=config.stream)).stream
-    settings = StreamSettings(**dict(stream_settings.items(branches=True, nested=False)))
+    settings = StreamSettings(**arguments_of(parser, config, "stream"))
     stream = make_stream(settings, data, model, config.seed_everything)
     model.to(device)
     calibration = [images.to(device) for images in data.calibration_batches()]
@@ -240,25 +254,4 @@ def corruption_table(items: dict[str, Any]) -> Table:
     for row in items["table"]:
         cells = [f"{row[key]:.4f}" for key in keys]
         table.add_row(row["corruption"], str(row["n_images"]), str(row["n_refused"]), *cells)
-    return table
-
-
-def summary_table(items: dict[str, Any]) -> Table:
-    """What one run measured in all."""
-    table = Table("", "value", title="Adaptation", title_justify="left")
-    rows = {
-        "mean error, without adaptation": ("error_source_mean", "{:.4f}"),
-        "mean error": ("error_mean", "{:.4f}"),
-        "worst error": ("error_worst", "{:.4f}"),
-        "largest loss against no adaptation": ("loss_worst", "{:+.4f}"),
-        "batches adapted": ("n_adapted", "{:,}"),
-        "batches rolled back": ("n_rolled_back", "{:,}"),
-        "resets": ("n_reset", "{:,}"),
-        "images refused": ("n_refused", "{:,}"),
-        "images sent backward": ("n_backward", "{:,}"),
-        "seconds, over those without adaptation": ("seconds_ratio", "{:.2f}"),
-        "bytes of state": ("state_bytes", "{:,}"),
-    }
-    for label, (key, form) in rows.items():
-        table.add_row(label, form.format(items[key]))
     return table

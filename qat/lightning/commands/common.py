@@ -165,20 +165,21 @@ def with_initialiser(parser: LightningArgumentParser, config: Namespace) -> Name
 def make_module(parser: LightningArgumentParser, config: Namespace) -> Training:
     """The Lightning module of a recipe; builds the model and loads the teacher."""
     config = with_initialiser(parser, config)
-    return make_task(parser, config).module(**_arguments(parser, config, "model"))
+    return make_task(parser, config).module(**arguments_of(parser, config, "model"))
 
 
 def make_data(parser: LightningArgumentParser, config: Namespace) -> VisionData:
     """The data module of a recipe; reads the data."""
-    return VisionData(**_arguments(parser, config, "data"), seed=config.seed_everything)
+    return VisionData(**arguments_of(parser, config, "data"), seed=config.seed_everything)
 
 
 def trainer_arguments(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
     """The trainer's arguments of a recipe, its loggers and callbacks built."""
-    return _arguments(parser, config, "trainer")
+    return arguments_of(parser, config, "trainer")
 
 
-def _arguments(parser: LightningArgumentParser, config: Namespace, part: str) -> dict[str, Any]:
+def arguments_of(parser: LightningArgumentParser, config: Namespace, part: str) -> dict[str, Any]:
+    """The arguments in a section of a recipe, their objects built."""
     objects = parser.instantiate(Namespace({part: config[part]}))
     return dict(objects[part].items(branches=True, nested=False))
 
@@ -241,9 +242,9 @@ def evaluate(
     return task.evaluate(model, data, trainer, folder.path)
 
 
-def show(items: dict[str, Any], rows: Mapping[str, tuple[str, str]]) -> None:
+def show(items: dict[str, Any], rows: Mapping[str, tuple[str, str]], title: str = "Result") -> None:
     """Print those of a run's results that a table has rows for."""
-    table = Table("", "value", title="Result", title_justify="left")
+    table = Table("", "value", title=title, title_justify="left")
     for label, (key, form) in rows.items():
         if key in items:
             table.add_row(label, form.format(items[key]))

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
-from rich.table import Table as RichTable
 from torch import nn
 
 from qat.lightning.commands.common import (
     add_run_arguments,
     add_training_arguments,
+    arguments_of,
     check_coverage,
     console,
     make_data,
@@ -25,6 +25,7 @@ from qat.lightning.commands.common import (
     prepare,
     recipe_name,
     run_items,
+    show,
     trainer_arguments,
 )
 from qat.lightning.plots import frontier_plot, sensitivity_plot
@@ -42,6 +43,16 @@ from qat.search.probe import probing
 from qat.search.sensitivity import Metric, Table, monotone
 
 HELP = "choose the bits of every component under a budget; writes a plan for fit and quantize"
+ROWS = {
+    "mean bits of weights": ("mean_bits_weight", "{:.2f}"),
+    "mean bits of activations, by MACs": ("mean_bits_activation", "{:.2f}"),
+    "points of the frontier": ("n_frontier", "{:,}"),
+    "seconds to initialise": ("seconds_initialise", "{:.1f}"),
+    "seconds of sensitivities": ("seconds_sensitivity", "{:.1f}"),
+    "seconds of the frontier": ("seconds_frontier", "{:.2f}"),
+    "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
+    "BOPs (MACs x bits x bits)": ("bops", "{:,}"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             "nothing to search: set model.plan to a plan whose operands the search may narrow, "
             "such as configs/plans/all_w8a8.yaml"
         )
-    settings = Search(**_arguments(parser, config))
+    settings = Search(**arguments_of(parser, config, "search"))
     module, data = make_module(parser, config), make_data(parser, config)
     model = module.model
     space = pmq.Space(tuple(settings.weights), tuple(settings.activations), settings.pairs)
@@ -135,7 +146,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
                 task.components, budget - task.constant, config.seed_everything
             )
         done = time.monotonic()
-    chosen = pmq.chosen_bits(task.components, picks, costs, omega)
+    chosen = pmq.chosen_bits(task.components, picks, omega)
     plan = pmq.plan_of(model, chosen, pmq.reasons(task.components, picks, costs, settings.measure))
     plan.save(folder.path / "plan.yaml")
     spent, loss = totals(task.components, picks)
@@ -162,13 +173,9 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             **model_items(found),
         }
     )
-    console.print(_result_table(folder.read_metrics()))
+    rows = {f"cost, {settings.measure}": ("cost", "{:,.6g}"), **ROWS}
+    show(folder.read_metrics(), rows, "Search")
     console.print(f"plan: {folder.path / 'plan.yaml'}")
-
-
-def _arguments(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
-    objects = parser.instantiate(Namespace(search=config.search))
-    return dict(objects.search.items(branches=True, nested=False))
 
 
 def _budget(
@@ -214,21 +221,3 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _result_table(items: dict[str, Any]) -> RichTable:
-    table = RichTable("", "value", title="Search", title_justify="left")
-    rows = {
-        "mean bits of weights": ("mean_bits_weight", "{:.2f}"),
-        "mean bits of activations, by MACs": ("mean_bits_activation", "{:.2f}"),
-        f"cost, {items['measure']}": ("cost", "{:,.6g}"),
-        "points of the frontier": ("n_frontier", "{:,}"),
-        "seconds to initialise": ("seconds_initialise", "{:.1f}"),
-        "seconds of sensitivities": ("seconds_sensitivity", "{:.1f}"),
-        "seconds of the frontier": ("seconds_frontier", "{:.2f}"),
-        "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
-        "BOPs (MACs x bits x bits)": ("bops", "{:,}"),
-    }
-    for label, (key, form) in rows.items():
-        table.add_row(label, form.format(items[key]))
-    return table

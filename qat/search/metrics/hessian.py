@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qat.likelihood import check_target, log_likelihoods
 from qat.search.probe import Probe, Slot
-from qat.search.sensitivity import Metric, check_target, log_likelihoods, parts
+from qat.search.sensitivity import Metric, parts
 from qat.spec import Operand
 
 

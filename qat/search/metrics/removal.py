@@ -17,21 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qat.search.probe import Probe, Slot
+from qat.search.probe import Probe, Slot, product_of
 from qat.search.sensitivity import Metric, parts
-from qat.spec import Operand
-
-PRODUCTS = {
-    Operand.QUERY: ".qk",
-    Operand.KEY: ".qk",
-    Operand.ATTENTION: ".av",
-    Operand.VALUE: ".av",
-}
-
-
-def component_of(slot: Slot) -> str:
-    """Name of the product that a slot is an operand of: a layer, or `<attention>.qk` or `.av`."""
-    return slot.module + PRODUCTS.get(slot.operand, "")
 
 
 def _nothing(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -73,14 +60,14 @@ class Removal(Metric):
             handle.remove()
         exact = self._logits(model, images)
         changes: dict[str, float] = {}
-        for name in dict.fromkeys(map(component_of, probes)):
+        for name in dict.fromkeys(map(product_of, probes)):
             module = model.get_submodule(name)
             handle = module.register_forward_hook(_nothing)
             changes[name] = (self._logits(model, images) - exact).square().sum(1).mean().item()
             handle.remove()
         return {
             slot: {
-                bits: changes[component_of(slot)] * share
+                bits: changes[product_of(slot)] * share
                 for bits, share in zip(probe.widths, shares[slot].tolist(), strict=True)
             }
             for slot, probe in probes.items()

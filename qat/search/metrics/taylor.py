@@ -30,8 +30,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat.likelihood import check_target, log_likelihoods
 from qat.search.probe import Probe, Slot
-from qat.search.sensitivity import Metric, check_target, log_likelihoods, parts
+from qat.search.sensitivity import Metric, parts
 from qat.spec import Operand
 
 Gradients = Float[Tensor, "images tokens features"]
@@ -46,7 +47,7 @@ class GradientMetric(Metric):
     """What the metrics of this file share: one backward pass, all slots and widths in it.
 
     Attributes:
-        target: Whose likelihood is differentiated, see `qat.search.sensitivity.log_likelihoods`.
+        target: Whose likelihood is differentiated, see `qat.likelihood.log_likelihoods`.
         seed: Draws the targets.
         images_at_once: Images of a backward pass; bounds the memory.
     """

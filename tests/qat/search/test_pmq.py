@@ -44,7 +44,7 @@ def found_plan(model: nn.Module, budget: float, space: pmq.Space = SPACE) -> tup
     task = pmq.problem(cost(model), table, space, "bops", BOPS)
     picks = best(task.components, budget - task.constant)
     reasons = pmq.reasons(task.components, picks, cost(model), "bops")
-    chosen = pmq.chosen_bits(task.components, picks, cost(model), table)
+    chosen = pmq.chosen_bits(task.components, picks, table)
     spent, _ = totals(task.components, picks)
     return pmq.plan_of(model, chosen, reasons), spent + task.constant
 
@@ -99,7 +99,7 @@ def test_sensitive_operand_gets_more_bits_than_its_twin() -> None:
     table[slot] = {bits: 1e3 * value for bits, value in table[slot].items()}
     task = pmq.problem(cost(model), table, SPACE, "bops", BOPS)
     budget = 0.25 * cost(model).bops - task.constant
-    chosen = pmq.chosen_bits(task.components, best(task.components, budget), cost(model), table)
+    chosen = pmq.chosen_bits(task.components, best(task.components, budget), table)
     assert chosen[slot] > chosen[Slot("blocks.0.mlp.fc1", Operand.INPUT)]
 
 
