@@ -1,83 +1,115 @@
 """Methods of adaptation side by side over one stream: errors, and cost relative to inference.
 
-    python benchmarks/adapt.py MODEL.ckpt --recipe configs/tta/cifar10_vit_tiny.yaml \
-        --parts tent ttaq_tent --num_images 40
+    python benchmarks/adapt.py W4A4=runs/w4a4/model.ckpt --parts tent ttaq_tent \
+        --num_images 100 --seeds 0 1 2 --out runs/tta.jsonl
 
-The model left alone answers the stream once; every method is compared with that. Costs are in
-processor time of one thread, the forward pass that only the comparison needs not counted.
+The model left alone answers the stream once; every method is compared with that. A seed draws the
+images, their order, and what corruptions and methods draw. Costs are in processor time of one
+thread, the forward pass that only the comparison needs not counted. `--out` gets a line of JSON
+for each model, seed and method, which `benchmarks/adapt_report.py` lays out.
 """
 
 import argparse
+import json
 import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 import qat
 from qat.lightning.cli import make_parser
 from qat.lightning.commands.adapt import StreamSettings, make_stream
-from qat.lightning.commands.common import make_data
+from qat.lightning.commands.common import arguments_of, make_data
 from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.tta import Adapter, Source
 
 PARTS = "configs/tta/parts"
+LINE = (
+    "{model:6s} {seed} {part:18s} source {error_source_mean:.4f} error {error_mean:.4f} "
+    "class {error_class_mean:.4f} worst {error_worst:.3f} "
+    "loss {loss_worst:+.3f} ({loss_worst_corruption}) ece {ece_source_mean:.3f} -> {ece_mean:.3f} "
+    "time x{seconds_ratio:.2f} of {images_per_second:.0f}/s backward {n_backward} "
+    "state {state_bytes} resets {n_reset} rolled back {n_rolled_back}"
+)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", help="NAME=model.ckpt of quantize or adapt")
+    parser.add_argument("--recipe", default="configs/tta/cifar10_vit_tiny.yaml")
+    parser.add_argument("--parts", nargs="+", default=["tent"], help="joined by +, such as a+b")
+    parser.add_argument("--stream", nargs="*", default=[], help="parts that change the stream")
+    parser.add_argument("--num_images", type=int, default=40)
+    parser.add_argument("--batch_size", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", help="file that lines of JSON are added to")
+    return parser.parse_args()
+
+
+def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
+    """Every method over the stream of one seed."""
+    parser = make_parser()[1]["adapt"]
+    model = qat.load(path)
+
+    def configuration(*parts: str) -> Any:
+        words = ["--config", given.recipe]
+        for part in (*given.stream, *parts):
+            words += ["--config", f"{PARTS}/{part}.yaml"]
+        return parser.parse_args([*words, "--seed_everything", str(seed)])
+
+    config = configuration()
+    settings = StreamSettings(**arguments_of(parser, config, "stream"))
+    settings = replace(settings, num_images=given.num_images, batch_size=given.batch_size)
+    data = make_data(parser, config)
+    data.attach(expected_by(model), num_classes_of(model))
+    stream = make_stream(settings, data, model, seed)
+    batches = list(stream.batches())
+    calibration = data.calibration_batches()
+    source = Adapter(model, Source())
+    source.adapt(batches[0].images)  # not timed: first calls are slow
+    started = time.process_time()
+    reference = [source.adapt(batch.images).logits for batch in batches]
+    seconds = time.process_time() - started
+    for part in given.parts:
+        objects = parser.instantiate(configuration(*part.split("+")))
+        adapter = Adapter(model, objects.method, calibration, guard=objects.guard, seed=seed)
+        scores = Scores(stream.domains, num_classes_of(model))
+        started = time.process_time()
+        answers = [adapter.adapt(batch.images).logits for batch in batches]
+        spent = time.process_time() - started
+        for batch, logits, exact in zip(batches, answers, reference, strict=True):
+            scores.add(logits, exact, batch.labels, batch.domains)
+        row = {
+            "model": name,
+            "stream": "+".join(given.stream) or "continual",
+            "seed": seed,
+            "part": part,
+            "num_images": given.num_images,
+            "batch_size": given.batch_size,
+            **scores.summary(),
+            "seconds_ratio": spent / seconds,
+            "images_per_second": adapter.counts.images / seconds,
+            "n_backward": adapter.counts.backward,
+            "state_bytes": sum(value.nbytes for value in adapter.state.values()),
+            "n_reset": adapter.counts.reset,
+            "n_rolled_back": adapter.counts.rolled_back,
+        }
+        print(LINE.format(**row), flush=True)
+        if given.out:
+            with open(given.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("model", help="model.ckpt of quantize or adapt")
-    options.add_argument("--recipe", default="configs/tta/cifar10_vit_tiny.yaml")
-    options.add_argument("--parts", nargs="+", default=["tent"], help="joined by +, such as a+b")
-    options.add_argument("--stream", nargs="*", default=[], help="parts that change the stream")
-    options.add_argument("--num_images", type=int, default=40)
-    options.add_argument("--batch_size", type=int, default=40)
-    options.add_argument("--seed", type=int, default=0)
-    given = options.parse_args()
+    given = options()
     torch.set_num_threads(1)
-    parser = make_parser()[1]["adapt"]
-    model = qat.load(given.model)
-    batches, reference, calibration, domains = [], [], [], []
-    seconds = 0.0
-    for joined in given.parts:
-        words = ["--config", given.recipe]
-        for part in (*given.stream, *joined.split("+")):
-            words += ["--config", f"{PARTS}/{part}.yaml"]
-        config = parser.parse_args([*words, "--seed_everything", str(given.seed)])
-        objects = parser.instantiate(config)
-        if not batches:
-            settings = StreamSettings(**dict(objects.stream.items(branches=True, nested=False)))
-            settings = StreamSettings(
-                **{**vars(settings), "num_images": given.num_images, "batch_size": given.batch_size}
-            )
-            data = make_data(parser, config)
-            data.attach(expected_by(model), num_classes_of(model))
-            stream = make_stream(settings, data, model, given.seed)
-            batches, domains = list(stream.batches()), stream.domains
-            calibration = data.calibration_batches()
-            source = Adapter(model, Source())
-            source.adapt(batches[0].images)  # not timed: first calls are slow
-            started = time.process_time()
-            reference = [source.adapt(batch.images).logits for batch in batches]
-            seconds = time.process_time() - started
-        adapter = Adapter(model, objects.method, calibration, guard=objects.guard, seed=given.seed)
-        scores = Scores(domains, num_classes_of(model))
-        started = time.process_time()
-        answers = [adapter.adapt(batch.images).logits for batch in batches]
-        ratio = (time.process_time() - started) / seconds
-        for batch, logits, exact in zip(batches, answers, reference, strict=True):
-            scores.add(logits, exact, batch.labels, batch.domains)
-        found, counts = scores.summary(), adapter.counts
-        state = sum(value.nbytes for value in adapter.state.values())
-        print(
-            f"{joined:20s} source {found['error_source_mean']:.4f} error {found['error_mean']:.4f} "
-            f"class {found['error_class_mean']:.4f} worst {found['error_worst']:.3f} "
-            f"loss {found['loss_worst']:+.3f} ({found['loss_worst_corruption']}) "
-            f"ece {found['ece_source_mean']:.3f} -> {found['ece_mean']:.3f} "
-            f"time x{ratio:.2f} of {counts.images / seconds:.0f}/s backward {counts.backward} "
-            f"state {state} resets {counts.reset} rolled back {counts.rolled_back}",
-            flush=True,
-        )
+    for model in given.models:
+        name, _, path = model.partition("=")
+        for seed in given.seeds:
+            compare(name, path, given, seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Forms of PEM and PCR on the four held-out corruptions, which is where TTAQ's may be chosen.
 
-    python benchmarks/ttaq_forms.py --bits 3 --form pem=none --form pem=A,pem_weight=0.03
+    python benchmarks/ttaq_forms.py --plan configs/plans/all_w3a3.yaml \
+        --form pem=none --form pem=A,pem_weight=0.03
 
 The CIFAR-10 ViT-Ti of the assets, calibrated on training images; test images, clean and under
 severity 5 of speckle noise, Gaussian blur, spatter and saturate. A line of JSON for each form:
@@ -49,9 +50,9 @@ def float_model() -> nn.Module:
     ).eval()
 
 
-def converted(bits: int) -> nn.Module:
+def converted(plan: str) -> nn.Module:
     model = float_model()
-    convert_(model, Plan.load(f"configs/plans/all_w{bits}a{bits}.yaml"), PerOperand(attention=TanQ))
+    convert_(model, Plan.load(plan), PerOperand(attention=TanQ))
     return model
 
 
@@ -109,7 +110,7 @@ def settings(form: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--plan", default="configs/plans/all_w3a3.yaml")
     parser.add_argument("--form", action="append", default=[], help="settings of TTAQ, joined by ,")
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--num_calibration", type=int, default=96)
@@ -123,11 +124,11 @@ def main() -> None:
     exact = {name: logits(float_model(), x) for name, (x, _) in data.items()}
     clean = data["clean"][0]
     mild = WeakPerturbation()(clean, torch.Generator().manual_seed(7))
-    start = converted(arguments.bits)
+    start = converted(arguments.plan)
     RepQViT("paper", per_token=True)(start, [batch[:32]])
     for form in arguments.form or ["pem=none"]:
         for seed in range(arguments.seeds):
-            model, begun = converted(arguments.bits), time.process_time()
+            model, begun = converted(arguments.plan), time.process_time()
             chosen = {**PLAIN, **settings(form), "seed": seed, "num_steps": arguments.num_steps}
             TTAQ(**chosen, batch_size=12)(model, [batch])
             seconds = time.process_time() - begun
@@ -148,7 +149,7 @@ def main() -> None:
             changed = logits(model, mild).argmax(1) != found["clean"].argmax(1)
             gains = {n: gain(start, model, clean[:16], data[n][0][:16]) for n in HELD_OUT}
             row = {
-                "bits": arguments.bits,
+                "plan": arguments.plan,
                 "form": form,
                 "seed": seed,
                 "error_clean": errors["clean"],

@@ -92,7 +92,7 @@ class TTAQ:
     pem: Literal["none", "A", "A-relative", "B", "C", "D", "E"] = "A"
     pem_weight: float = 0.03
     pcr: Literal["none", "1", "2", "3", "1+3"] = "3"
-    pcr_weight: float = 0.1
+    pcr_weight: float = 1.0
     start: Initialiser | None = None
     scope: Literal["token", "tensor"] = "token"
     rounding: Literal["ste", "adaround"] = "ste"

@@ -96,8 +96,8 @@ class Adapter:
         state = with_part({}, "method", method.start(self.on, list(calibration)))
         if guard is not None:
             state = with_part(state, "guard", guard.start(num_classes_of(model)))
-        self.initial: State = state
-        self._now: tuple[State, Counts] = (state, Counts())
+        self.initial: State = self._at_home(state)
+        self._now: tuple[State, Counts] = (self.initial, Counts())
 
     @property
     def state(self) -> State:
@@ -168,9 +168,11 @@ class Adapter:
             raise ValueError(f"the saved state has values in '{name}' that are not finite")
         if counts.keys() != {field.name for field in fields(Counts)}:
             raise ValueError(f"the saved counts are {sorted(counts)}; another version wrote them")
-        device = self.on.like.device
-        state = {name: value.to(device) for name, value in state.items()}
-        self._now = (state, Counts(**counts))
+        self._now = (self._at_home(state), Counts(**counts))
+
+    def _at_home(self, state: State) -> State:
+        """The state on the device of the model."""
+        return {name: value.to(self.on.like.device) for name, value in state.items()}
 
     def _answer(self, images: Tensor, hurry: bool) -> tuple[Answer, State]:
         """The answer to rows that were taken in, and the state to go on with."""

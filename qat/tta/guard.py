@@ -12,9 +12,13 @@ adapted one. Running means over about `window` images:
 Either is a collapse: the method starts anew, the batch gets the original's answer, and adaptation
 pauses, `pause` batches after the first collapse, four times as many after each further one. Else
 
-    answer   (z_source + w (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + w)
+    health   1 where neither is above zero, falling to 0 at the limit of the one nearest to its own
+    trust    running mean of the health over about `probation` images, from 0
+    answer   (z_source + v (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + v),
+             v = w min(health, trust)
 
-the mean of both at equal scale, because adaptation by entropy inflates logits.
+a mean of both at equal scale, because adaptation by entropy inflates logits. Trust is slow to win
+and quick to lose: a method that breaks early was hardly heard.
 
 Not from a paper. The figures behind the settings are in docs/log.md.
 """
@@ -49,8 +53,9 @@ class Guard:
     """Mixes answers with the original's and undoes collapse.
 
     Attributes:
-        weight: Weight w of the adapted model's logits, that of the original being 1.
+        weight: Weight w of the adapted model's logits in full trust, that of the original being 1.
         window: Images over which means run.
+        probation: Images over which trust is won.
         margin: Share of answers that may differ beyond the original's doubt.
         diversity: Entropy, in nats, that predictions may lose against the original's.
         pause: Batches without adaptation after the first collapse.
@@ -58,6 +63,7 @@ class Guard:
 
     weight: float = 1.0
     window: int = 100
+    probation: int = 400
     margin: float = 0.15
     diversity: float = 0.5
     pause: int = 8
@@ -69,6 +75,7 @@ class Guard:
             "source": uniform,
             "adapted": uniform,
             "contradiction": zero,
+            "trust": zero,
             "collapses": zero,
             "pause": zero,
         }
@@ -88,8 +95,13 @@ class Guard:
         new = self._observe(state, source, adapted)
         lost = float(entropy_of(new["source"]) - entropy_of(new["adapted"]))
         excess = float(new["contradiction"])
-        if lost <= self.diversity and excess <= self.margin:
-            return Verdict(mixed(source, adapted, self.weight), new)
+        danger = max(lost / self.diversity, excess / self.margin)
+        if danger <= 1:
+            health = 1 - max(danger, 0.0)
+            share = share_of(len(source), self.probation)
+            trust = new["trust"] + share * (health - new["trust"])
+            weight = self.weight * min(health, float(trust))
+            return Verdict(mixed(source, adapted, weight), {**new, "trust": trust})
         why = (
             f"predictions have lost {lost:.2f} nats of diversity"
             if lost > self.diversity
@@ -100,12 +112,12 @@ class Guard:
     def after_collapse(self, state: State) -> State:
         """Nothing seen but the number of collapses, and a pause ahead."""
         collapses = state["collapses"]
-        fresh = self.start(len(state["source"]))
+        fresh = {key: x.to(collapses.device) for key, x in self.start(len(state["source"])).items()}
         return {**fresh, "collapses": collapses + 1, "pause": self.pause * 4**collapses}
 
     def _observe(self, state: State, source: Tensor, adapted: Tensor) -> State:
         num_classes = source.shape[1]
-        share = 1 - (1 - 1 / self.window) ** len(source)
+        share = share_of(len(source), self.window)
         first, second = source.argmax(1), adapted.argmax(1)
         doubt = 1 - source.softmax(1).amax(1)
         seen = {
@@ -114,6 +126,11 @@ class Guard:
             "contradiction": ((first != second).float() - doubt).mean().clamp(min=-self.margin),
         }
         return {**state, **{key: moved(state[key], value, share) for key, value in seen.items()}}
+
+
+def share_of(images: int, window: int) -> float:
+    """What so many images weigh in a running mean over about `window` images."""
+    return 1 - (1 - 1 / window) ** images
 
 
 def mixed(

@@ -271,7 +271,9 @@ def _survive(folder: Path, kills: int, seed: int) -> int:
     return killed
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 500))]
+)
 def test_killed_runs_lose_no_batch_and_answer_bit_for_bit(tmp_path: Path, kills: int) -> None:
     shared()  # goal R7; made before the processes are forked
     whole = tmp_path / "whole"

@@ -55,6 +55,33 @@ def test_contradicting_the_original_is_a_collapse_only_beyond_its_doubt() -> Non
     assert watch(Guard(), doubtful, partly, 50) == ""
 
 
+def test_trust_is_won_slowly_and_lost_at_once() -> None:
+    guard = Guard(window=10, probation=100)
+    state, shares = guard.start(4), []
+    source, other = sure(0, 1, 2, 3), sure(0, 1, 2, 2)
+    for adapted in (source, source, other):
+        verdict = guard.judge(state, source, adapted)
+        shares.append(float(verdict.state["trust"]))
+        state = verdict.state
+        assert verdict.collapse == ""
+    first = 1 - 0.99**4
+    torch.testing.assert_close(shares[:2], [first, 1 - (1 - first) ** 2])
+    # One answer in four against a certain original: 0.25 moves in by a third, of a margin of 0.15.
+    seen = float(state["contradiction"])
+    assert seen == pytest.approx(0.25 * (1 - 0.9**4), rel=1e-2)
+    weight = min(1 - seen / guard.margin, shares[2])
+    torch.testing.assert_close(verdict.logits, mixed(source, other, weight))
+    assert shares[2] - shares[1] < shares[1] - shares[0]
+
+
+def test_method_in_full_trust_weighs_as_much_as_it_may() -> None:
+    guard, source = Guard(weight=0.5), sure(0, 1, 2, 3)
+    state = {**guard.start(4), "trust": torch.tensor(1.0)}
+    adapted = source + 0.1 * torch.arange(4.0)
+    verdict = guard.judge(state, source, adapted)
+    torch.testing.assert_close(verdict.logits, mixed(source, adapted, 0.5))
+
+
 def test_pauses_grow_fourfold_and_the_original_answers_in_them() -> None:
     guard = Guard(pause=2)
     state = guard.start(4)
