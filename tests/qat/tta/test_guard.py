@@ -136,8 +136,7 @@ def test_forced_collapse_is_found_and_undone(name: str, forced: str, seed: int) 
             resets.append(number)
     assert resets, "no collapse was found within 50 batches"
     guarded, source = errors(tested, batches[50:100], labels[50:100])
-    # Another collapse within these 50 batches costs two of them; the goal is 0.01.
-    assert guarded.mean() <= source.mean() + 0.025
+    assert guarded.mean() <= source.mean() + 0.01
 
 
 @pytest.mark.slow
