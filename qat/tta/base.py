@@ -23,7 +23,11 @@ class Method(ABC):
     """Whether steps can change the state; False for methods without one."""
 
     def parameters(self, model: nn.Module) -> list[str]:
-        """Names of the model's parameters that are adapted."""
+        """Names of the model's parameters that are adapted.
+
+        Raises:
+            ValueError: If the model has nothing that the method could work on.
+        """
         return []
 
     @abstractmethod

@@ -68,6 +68,18 @@ class Guard:
     diversity: float = 0.5
     pause: int = 8
 
+    def __post_init__(self) -> None:
+        if self.weight < 0 or min(self.window, self.probation, self.pause) < 1:
+            raise ValueError(
+                "a guard needs a weight of at least 0 and a window, probation and pause of at "
+                f"least 1, got {self.weight}, {self.window}, {self.probation} and {self.pause}"
+            )
+        if self.margin <= 0 or self.diversity <= 0:
+            raise ValueError(
+                "a guard's margin and diversity must be above 0, got "
+                f"{self.margin} and {self.diversity}"
+            )
+
     def start(self, num_classes: int) -> State:
         """Nothing seen."""
         zero, uniform = torch.zeros(()), torch.full((num_classes,), 1 / num_classes)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.tta.answer import State, Step
 from qat.tta.base import Method
@@ -30,17 +30,21 @@ class Norm(Method):
 
     prior: int = 16
 
-    def start(self, on: Overlay, calibration: Iterable[Tensor]) -> State:
-        """No state.
+    def parameters(self, model: nn.Module) -> list[str]:
+        """None.
 
         Raises:
             ValueError: If the model has no batch normalization, so that the method does nothing.
         """
-        if not batch_norms(on.model):
+        if not batch_norms(model):
             raise ValueError(
                 "qat.tta.Norm needs batch normalization, which this model has not; use "
                 "qat.tta.Source, or a method that trains LayerNorm such as qat.tta.Tent"
             )
+        return []
+
+    def start(self, on: Overlay, calibration: Iterable[Tensor]) -> State:
+        """No state."""
         return {}
 
     def predict(self, on: Overlay, state: State, images: Tensor) -> Float[Tensor, "n c"]:

@@ -1,6 +1,7 @@
 """`adapt`: test-time adaptation over a stream of corrupted images, beside the unadapted model."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -140,10 +141,15 @@ def adapt(
     prepare(config)
     data = make_data(parser, config)
     device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
-    model = _model(parser, config, data, model_path)
-    check_coverage(model, config.require_coverage)
     objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
     settings = StreamSettings(**arguments_of(parser, config, "stream"))
+
+    def check(model: nn.Module) -> None:
+        make_stream(settings, data, model, config.seed_everything)
+        objects.method.parameters(model)
+
+    model = _model(parser, config, data, model_path, check)
+    check_coverage(model, config.require_coverage)
     stream = make_stream(settings, data, model, config.seed_everything)
     model.to(device)
     calibration = [images.to(device) for images in data.calibration_batches()]
@@ -216,14 +222,22 @@ def stream_identity(config: Namespace) -> str:
 
 
 def _model(
-    parser: LightningArgumentParser, config: Namespace, data: VisionData, path: Path
+    parser: LightningArgumentParser,
+    config: Namespace,
+    data: VisionData,
+    path: Path,
+    check: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """The model that adapts: the one kept at `path`, of a checkpoint, or made by the recipe."""
+    """The model that adapts: the one kept at `path`, of a checkpoint, or made by the recipe.
+
+    `check` raises for what cannot work with the model, before minutes go into quantizing it.
+    """
     if not path.exists():
         if config.ckpt_path in (None, "last"):
             module = make_module(parser, config)
             model = module.model
             data.attach(expected_by(model), num_classes_of(model))
+            check(model)
             if config.model.plan is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with RunJournal(path.parent, console) as journal:

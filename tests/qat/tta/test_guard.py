@@ -82,6 +82,14 @@ def test_method_in_full_trust_weighs_as_much_as_it_may() -> None:
     torch.testing.assert_close(verdict.logits, mixed(source, adapted, 0.5))
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"weight": -1.0}, {"window": 0}, {"probation": 0}, {"pause": 0}, {"margin": 0.0}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="a guard"):
+        Guard(**wrong)  # type: ignore[arg-type]
+
+
 def test_pauses_grow_fourfold_and_the_original_answers_in_them() -> None:
     guard = Guard(pause=2)
     state = guard.start(4)
