@@ -2,8 +2,8 @@
 
     python benchmarks/adapt_report.py runs/tta.jsonl docs/results/tta_cifar10.md
 
-Every figure is a mean over seeds ± the standard deviation between them; a difference is taken seed
-by seed, on the same images in the same order.
+Models are named WIDTH-CALIBRATION. Every figure is a mean over seeds ± the standard deviation
+between them; a difference is taken seed by seed, on the same images in the same order.
 """
 
 import argparse
@@ -54,47 +54,39 @@ def loss_over_seeds(rows: Sequence[Row]) -> tuple[float, str]:
     return mean(losses[worst]), worst
 
 
-def lines_of(rows: list[Row]) -> Iterable[str]:
-    """The tables of one stream, one for each model."""
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        parts = {
-            p: [r for r in own if r["part"] == p] for p in dict.fromkeys(r["part"] for r in own)
-        }
-        for images in sorted({row["num_images"] for row in own}):
-            shown = {
-                p: [r for r in found if r["num_images"] == images] for p, found in parts.items()
-            }
-            shown = {p: found for p, found in shown.items() if found}
-            unadapted = by_seed(row for found in shown.values() for row in found)
-            source = spread(points(unadapted.values(), "error_source_mean"))
-            ece = spread(points(unadapted.values(), "ece_source_mean"))
+def lines_of(rows: list[Row], base: str) -> Iterable[str]:
+    """The tables of one stream, one for each model and number of images."""
+    cells: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    for row in rows:
+        parts = cells.setdefault((row["model"], row["num_images"]), {})
+        parts.setdefault(row["part"], []).append(row)
+    for (model, images), parts in cells.items():
+        unadapted = list(by_seed(row for found in parts.values() for row in found).values())
+        source = spread(points(unadapted, "error_source_mean"))
+        ece = spread(points(unadapted, "ece_source_mean"))
+        yield (
+            f"\n**{model}**, {images} images a corruption, without adaptation: "
+            f"error {source}, calibration error {ece}.\n"
+        )
+        yield f"| method | seeds | error | gain over none | over the method alone | over {base} + "
+        yield "method | largest loss, corruption | class error | calibration error | "
+        yield "images backward, % | time | resets |\n|---|" + "---:|" * 5 + "---|" + "---:|" * 5
+        other = cells.get((f"{model.partition('-')[0]}-{base}", images), {})
+        for part, found in parts.items():
+            plain = part.removeprefix("ttaq_").removesuffix("+guarded")
+            alone = parts.get(plain, []) if plain != part else []
+            based = other.get(plain, []) if other is not parts or plain != part else []
+            loss, where = loss_over_seeds(found)
+            gains = [100 * (row["error_source_mean"] - row["error_mean"]) for row in found]
             yield (
-                f"\n**{model}**, {images} images a corruption, without adaptation: "
-                f"error {source}, calibration error {ece}.\n"
+                f"| {part} | {len(found)} | {spread(points(found, 'error_mean'))} | "
+                f"{spread(gains, 1, '+')} | {less(found, alone)} | {less(found, based)} | "
+                f"{loss:+.1f} {where} | {mean(points(found, 'error_class_mean')):.1f} | "
+                f"{mean(points(found, 'ece_mean')):.1f} | "
+                f"{mean(100 * row['n_backward'] / row['n_images'] for row in found):.0f} | "
+                f"{spread([row['seconds_ratio'] for row in found], 2)} | "
+                f"{mean(row['n_reset'] for row in found):.1f} |"
             )
-            yield (
-                "| method | seeds | error | gain over none | gain over the method alone | "
-                "largest loss, corruption | class error | calibration error | "
-                "images backward, % | time | resets |"
-            )
-            yield "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|"
-            for part, found in shown.items():
-                gain = spread(
-                    [100 * (r["error_source_mean"] - r["error_mean"]) for r in found], 1, "+"
-                )
-                plain = part.removeprefix("ttaq_").removesuffix("+guarded")
-                alone = shown.get(plain, []) if plain != part else []
-                loss, where = loss_over_seeds(found)
-                backward = mean(100 * row["n_backward"] / row["n_images"] for row in found)
-                yield (
-                    f"| {part} | {len(found)} | {spread(points(found, 'error_mean'))} | {gain} | "
-                    f"{less(found, alone)} | {loss:+.1f} {where} | "
-                    f"{mean(points(found, 'error_class_mean')):.1f} | "
-                    f"{mean(points(found, 'ece_mean')):.1f} | {backward:.0f} | "
-                    f"{spread([row['seconds_ratio'] for row in found], 2)} | "
-                    f"{mean(row['n_reset'] for row in found):.1f} |"
-                )
 
 
 def main() -> None:
@@ -102,13 +94,16 @@ def main() -> None:
     parser.add_argument("lines", type=Path, nargs="+")
     parser.add_argument("page", type=Path)
     parser.add_argument("--title", default="Test-time adaptation")
+    parser.add_argument("--note", default="Errors in percent, gains and losses in points.")
+    parser.add_argument("--base", default="PTQ", help="what follows WIDTH- in the name of a model")
     given = parser.parse_args()
     rows = [json.loads(line) for file in given.lines for line in file.read_text().splitlines()]
-    page = [f"# {given.title}\n", "Errors in percent, gains and losses in points, severity 5."]
+    text = f"# {given.title}\n\n{given.note}\n"
     for stream in dict.fromkeys(row["stream"] for row in rows):
-        page.append(f"\n## {stream}")
-        page.extend(lines_of([row for row in rows if row["stream"] == stream]))
-    given.page.write_text("\n".join(page) + "\n")
+        text += f"\n## {stream.capitalize()}\n"
+        for line in lines_of([row for row in rows if row["stream"] == stream], given.base):
+            text += line if line.endswith(" ") else f"{line}\n"
+    given.page.write_text(text)
 
 
 if __name__ == "__main__":
