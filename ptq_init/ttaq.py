@@ -12,10 +12,10 @@ and L_i0 a term at the first step of the stage. `ptq_init.ttaq_terms` holds the 
 L_PEM and L_PCR. The third part, ABL, works online: `qat.tta`.
 
 Provenance: **reconstruction** of both parts. Certain is what they are for: a weight regularization
-that mitigates input perturbations, and consistent predictions for the same sample. The defaults
-are the forms whose logits came nearest to the float model's on the four held-out corruptions,
-never on the benchmark's fifteen, in one short run each: weak evidence (docs/log.md, "Forms of PEM
-and PCR"; `benchmarks/ttaq_forms.py` repeats it at any length).
+that mitigates input perturbations, and consistent predictions for the same sample. Forms and
+weights were chosen on the four held-out corruptions, never on the benchmark's fifteen, by
+`benchmarks/ttaq_forms.py` (docs/log.md, "Forms of PEM and PCR again"): PCR-3 helps at three and
+two bits, PEM in no form.
 """
 
 from collections.abc import Iterable

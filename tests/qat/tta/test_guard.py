@@ -69,9 +69,12 @@ def test_trust_is_won_slowly_and_lost_at_once() -> None:
     # One answer in four against a certain original: 0.25 moves in by a third, of a margin of 0.15.
     seen = float(state["contradiction"])
     assert seen == pytest.approx(0.25 * (1 - 0.9**4), rel=1e-2)
-    weight = min(1 - seen / guard.margin, shares[2])
-    torch.testing.assert_close(verdict.logits, mixed(source, other, weight))
+    torch.testing.assert_close(verdict.logits, mixed(source, other, shares[2]))
     assert shares[2] - shares[1] < shares[1] - shares[0]
+    trusted = guard.judge({**guard.start(4), "trust": torch.tensor(1.0)}, source, other)
+    health = 1 - float(trusted.state["contradiction"]) / guard.margin
+    assert health < 0.5 < float(trusted.state["trust"])
+    torch.testing.assert_close(trusted.logits, mixed(source, other, health))
 
 
 def test_method_in_full_trust_weighs_as_much_as_it_may() -> None:

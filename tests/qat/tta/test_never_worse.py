@@ -1,4 +1,4 @@
-"""Goal R6: guarded, no method is worse than not adapting, whatever the protocol."""
+"""Goal R6: guarded, the methods together lose at most a point, whatever the protocol."""
 
 from dataclasses import replace
 from statistics import mean
