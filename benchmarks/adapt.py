@@ -12,21 +12,14 @@ for each model, seed and method, which `benchmarks/adapt_report.py` lays out.
 import argparse
 import json
 import time
-from dataclasses import replace
-from typing import Any
 
 import torch
+from bench import RECIPE, Bench
 
-import qat
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.adapt import StreamSettings, make_stream
-from qat.lightning.commands.common import arguments_of, make_data
 from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.tta import Adapter, Source
 
-PARTS = "configs/tta/parts"
 LINE = (
     "{model:6s} {seed} {part:18s} source {error_source_mean:.4f} error {error_mean:.4f} "
     "class {error_class_mean:.4f} worst {error_worst:.3f} "
@@ -39,7 +32,7 @@ LINE = (
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="NAME=model.ckpt of quantize or adapt")
-    parser.add_argument("--recipe", default="configs/tta/cifar10_vit_tiny.yaml")
+    parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--parts", nargs="+", default=["tent"], help="joined by +, such as a+b")
     parser.add_argument("--stream", nargs="*", default=[], help="parts that change the stream")
     parser.add_argument("--num_images", type=int, default=40)
@@ -51,32 +44,17 @@ def options() -> argparse.Namespace:
 
 def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
     """Every method over the stream of one seed."""
-    parser = make_parser()[1]["adapt"]
-    model = qat.load(path)
-
-    def configuration(*parts: str) -> Any:
-        words = ["--config", given.recipe]
-        for part in (*given.stream, *parts):
-            words += ["--config", f"{PARTS}/{part}.yaml"]
-        return parser.parse_args([*words, "--seed_everything", str(seed)])
-
-    config = configuration()
-    settings = StreamSettings(**arguments_of(parser, config, "stream"))
-    settings = replace(settings, num_images=given.num_images, batch_size=given.batch_size)
-    data = make_data(parser, config)
-    data.attach(expected_by(model), num_classes_of(model))
-    stream = make_stream(settings, data, model, seed)
-    batches = list(stream.batches())
-    calibration = data.calibration_batches()
-    source = Adapter(model, Source())
+    sizes = {"num_images": given.num_images, "batch_size": given.batch_size}
+    bench = Bench(path, given.recipe, given.stream, seed, **sizes)
+    batches, num_classes = bench.batches, num_classes_of(bench.model)
+    source = Adapter(bench.model, Source())
     source.adapt(batches[0].images)  # not timed: first calls are slow
     started = time.process_time()
     reference = [source.adapt(batch.images).logits for batch in batches]
     seconds = time.process_time() - started
     for part in given.parts:
-        objects = parser.instantiate(configuration(*part.split("+")))
-        adapter = Adapter(model, objects.method, calibration, guard=objects.guard, seed=seed)
-        scores = Scores(stream.domains, num_classes_of(model))
+        adapter = bench.adapter(part)
+        scores = Scores(bench.stream.domains, num_classes)
         started = time.process_time()
         answers = [adapter.adapt(batch.images).logits for batch in batches]
         spent = time.process_time() - started
@@ -87,8 +65,7 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
             "stream": "+".join(given.stream) or "continual",
             "seed": seed,
             "part": part,
-            "num_images": given.num_images,
-            "batch_size": given.batch_size,
+            **sizes,
             **scores.summary(),
             "seconds_ratio": spent / seconds,
             "images_per_second": adapter.counts.images / seconds,

@@ -9,18 +9,12 @@ the model left alone. Low bits round small movements up to large changes.
 """
 
 import argparse
-from dataclasses import replace
 
 import torch
+from bench import RECIPE, Bench
 from torch import Tensor
 
-import qat
 from qat.data.streams import StreamBatch
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.adapt import StreamSettings, make_stream
-from qat.lightning.commands.common import arguments_of, make_data
-from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.tta import Adapter
 
 
@@ -41,28 +35,20 @@ def answers(adapter: Adapter, batches: list[StreamBatch], displacement: Tensor) 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("models", nargs="+", help="NAME=model.ckpt of quantize or adapt")
-    options.add_argument("--recipe", default="configs/tta/cifar10_vit_tiny.yaml")
+    options.add_argument("--recipe", default=RECIPE)
     options.add_argument("--num_images", type=int, default=500)
     options.add_argument("--batch_size", type=int, default=50)
     options.add_argument("--seed", type=int, default=2)
     options.add_argument("--controls", type=int, default=3)
     given = options.parse_args()
     torch.set_num_threads(1)
-    parser = make_parser()[1]["adapt"]
-    words = ["--config", given.recipe]
-    for part in ("heldout", "tent"):
-        words += ["--config", f"configs/tta/parts/{part}.yaml"]
-    config = parser.parse_args([*words, "--seed_everything", str(given.seed)])
+    sizes = {"num_images": given.num_images, "batch_size": given.batch_size}
     for item in given.models:
         name, _, path = item.partition("=")
-        model = qat.load(path)
-        data = make_data(parser, config)
-        data.attach(expected_by(model), num_classes_of(model))
-        settings = StreamSettings(**arguments_of(parser, config, "stream"))
-        settings = replace(settings, num_images=given.num_images, batch_size=given.batch_size)
-        batches = list(make_stream(settings, data, model, given.seed).batches())
+        bench = Bench(path, given.recipe, ["heldout"], given.seed, **sizes)
+        batches = bench.batches
         labels = torch.cat([batch.labels for batch in batches])
-        adapter = Adapter(model, parser.instantiate(config).method)
+        adapter = bench.adapter("tent")
         for batch in batches:
             adapter.adapt(batch.images)
         moved = adapter.state["method.params"] - adapter.own

@@ -15,20 +15,15 @@ from itertools import cycle
 from statistics import quantiles
 
 import torch
+from bench import RECIPE, Bench
 
-import qat
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.adapt import StreamSettings, make_stream
-from qat.lightning.commands.common import arguments_of, make_data
-from qat.models import num_classes_of
-from qat.preprocessing import expected_by
-from qat.tta import Adapter, Desk
+from qat.tta import Desk
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="model.ckpt of quantize or adapt")
-    parser.add_argument("--recipe", default="configs/tta/cifar10_vit_tiny.yaml")
+    parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--part", default="ttaq_tent", help="of configs/tta/parts")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -67,18 +62,10 @@ def percentiles(delays: list[float]) -> str:
 def main() -> None:
     given = options()
     torch.set_num_threads(1)
-    parser = make_parser()[1]["adapt"]
-    words = ["--config", given.recipe, "--config", f"configs/tta/parts/{given.part}.yaml"]
-    config = parser.parse_args([*words, "--stream.batch_size", str(given.batch_size)])
-    model = qat.load(given.model)
-    data = make_data(parser, config)
-    data.attach(expected_by(model), num_classes_of(model))
-    settings = StreamSettings(**arguments_of(parser, config, "stream"))
-    stream = make_stream(settings, data, model, 0)
+    bench = Bench(given.model, given.recipe, batch_size=given.batch_size)
+    stream = bench.stream
     batches = [stream[i].images for i in range(0, len(stream), max(1, len(stream) // 200))]
-    objects = parser.instantiate(config)
-    calibration = data.calibration_batches()
-    adapter = Adapter(model, objects.method, calibration, guard=objects.guard)
+    adapter = bench.adapter(given.part)
     for batch in batches[:5]:
         adapter.adapt(batch)
     started = time.monotonic()
