@@ -56,7 +56,7 @@ def test_contradicting_the_original_is_a_collapse_only_beyond_its_doubt() -> Non
 
 
 def test_trust_is_won_slowly_and_lost_at_once() -> None:
-    guard = Guard(window=10, probation=100)
+    guard = Guard(weight=1.0, window=10, probation=100)
     state, shares = guard.start(4), []
     source, other = sure(0, 1, 2, 3), sure(0, 1, 2, 2)
     for adapted in (source, source, other):

@@ -1,0 +1,90 @@
+"""What weight a guard may give the adapted model: guards replayed over the answers of one run.
+
+    python benchmarks/guard_weights.py W4A4=runs/w4a4/model.ckpt --part ttaq_tent --seeds 7 8
+
+A method adapts over the held-out corruptions, once for each seed. Guards of several weights then
+judge the same pairs of answers. `loss` is the largest rise of the error on a corruption, seeds
+taken together. A guard that finds a collapse would have started the method anew, which a replay
+cannot show: `collapses` above 0 makes its line worthless.
+"""
+
+import argparse
+
+import torch
+from bench import RECIPE, Bench
+from torch import Tensor
+
+from qat.tta import Guard
+
+WEIGHTS = [0.1, 0.2, 0.3, 0.5, 1.0, 2.0]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", help="NAME=model.ckpt of quantize or adapt")
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--part", default="ttaq_tent", help="method; joined by +, such as a+b")
+    parser.add_argument("--stream", default="heldout", help="part that changes the stream")
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=50)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
+    return parser.parse_args()
+
+
+def judged(guard: Guard, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
+    """Classes that a guard answers with, and how many collapses it finds."""
+    state = guard.start(pairs[0][0].shape[1])
+    found, collapses = [], 0
+    for source, adapted in pairs:
+        verdict = guard.judge(state, source, adapted)
+        state = verdict.state
+        collapses += bool(verdict.collapse)
+        found.append(verdict.logits.argmax(1))
+    return torch.cat(found), collapses
+
+
+def report(row: str, answers: Tensor, source: Tensor, labels: Tensor, domains: list[str]) -> None:
+    """A line: error, largest rise of it on a corruption, share of answers that changed."""
+    lost = (answers != labels).float() - (source != labels).float()
+    rises = {
+        domain: float(lost[torch.tensor([d == domain for d in domains])].mean())
+        for domain in dict.fromkeys(domains)
+    }
+    worst = max(rises, key=lambda domain: rises[domain])
+    error, changed = ((answers != other).float().mean() for other in (labels, source))
+    print(
+        f"{row}: error {error:.4f}, loss {rises[worst]:+.4f} ({worst}), changed {changed:.4f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    given = options()
+    torch.set_num_threads(1)
+    sizes = {"num_images": given.num_images, "batch_size": given.batch_size}
+    for item in given.models:
+        name, _, path = item.partition("=")
+        runs, truths, domains = [], [], []
+        for seed in given.seeds:
+            bench = Bench(path, given.recipe, [given.stream], seed, **sizes)
+            adapter = bench.adapter(given.part)
+            pairs = []
+            for batch in bench.batches:
+                pairs.append((adapter.source(batch.images), adapter.adapt(batch.images).logits))
+                truths.append(batch.labels)
+                domains += batch.domains
+            runs.append(pairs)
+        source = torch.cat([first.argmax(1) for run in runs for first, _ in run])
+        bare = torch.cat([second.argmax(1) for run in runs for _, second in run])
+        report(f"{name} left alone", source, source, torch.cat(truths), domains)
+        report(f"{name} method", bare, source, torch.cat(truths), domains)
+        for weight in given.weights:
+            found = [judged(Guard(weight=weight), run) for run in runs]
+            answers = torch.cat([answers for answers, _ in found])
+            row = f"{name} weight {weight:g}, collapses {sum(count for _, count in found)}"
+            report(row, answers, source, torch.cat(truths), domains)
+
+
+if __name__ == "__main__":
+    main()
