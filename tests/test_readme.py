@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quantizing, adapting = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    batches = [torch.randn(4, 1, 8, 8) for _ in range(2)]
+    batches = [torch.rand(4, 1, 8, 8) * 2 - 1 for _ in range(2)]
     names: dict[str, Any] = {"batches": batches, "stream": batches}
     tiny = make_tiny_vit().eval()
     monkeypatch.setattr(qat, "timm_model", lambda *_, **__: tiny)
