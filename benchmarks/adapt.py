@@ -5,8 +5,10 @@
 
 The model left alone answers the stream once; every method is compared with that. A seed draws the
 images, their order, and what corruptions and methods draw. Costs are in processor time of one
-thread, the forward pass that only the comparison needs not counted. `--out` gets a line of JSON
-for each model, seed and method, which `benchmarks/adapt_report.py` lays out.
+thread, the forward pass that only the comparison needs not counted. A guarded method after the
+same without a guard is not run again unless the guard finds a collapse: the answers are those of
+the first run, judged, and no cost is given. `--out` gets a line of JSON for each model, seed and
+method, which `benchmarks/adapt_report.py` lays out.
 """
 
 import argparse
@@ -14,17 +16,19 @@ import json
 import time
 
 import torch
-from bench import RECIPE, Bench
+from bench import RECIPE, Bench, guarded
+from torch import Tensor
 
 from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.tta import Adapter, Source
+from qat.tta.adapter import Counts
 
 LINE = (
     "{model:6s} {seed} {part:18s} source {error_source_mean:.4f} error {error_mean:.4f} "
     "class {error_class_mean:.4f} worst {error_worst:.3f} "
     "loss {loss_worst:+.3f} ({loss_worst_corruption}) ece {ece_source_mean:.3f} -> {ece_mean:.3f} "
-    "time x{seconds_ratio:.2f} of {images_per_second:.0f}/s backward {n_backward} "
+    "time x{seconds_ratio} of {images_per_second:.0f}/s backward {n_backward} "
     "state {state_bytes} resets {n_reset} rolled back {n_rolled_back}"
 )
 
@@ -52,12 +56,21 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
     started = time.process_time()
     reference = [source.adapt(batch.images).logits for batch in batches]
     seconds = time.process_time() - started
+    runs: dict[str, tuple[list[Tensor], Counts]] = {}
     for part in given.parts:
         adapter = bench.adapter(part)
+        ratio = None
+        answers, counts = runs.get(part.removesuffix("+guarded"), ([], Counts()))
+        if answers and adapter.guard is not None:
+            answers, num_collapses = guarded(adapter.guard, reference, answers)
+            answers = [] if num_collapses else answers
+        if not answers:
+            started = time.process_time()
+            answers = [adapter.adapt(batch.images).logits for batch in batches]
+            ratio = round((time.process_time() - started) / seconds, 3)
+            counts = adapter.counts
+        runs[part] = (answers, counts)
         scores = Scores(bench.stream.domains, num_classes)
-        started = time.process_time()
-        answers = [adapter.adapt(batch.images).logits for batch in batches]
-        spent = time.process_time() - started
         for batch, logits, exact in zip(batches, answers, reference, strict=True):
             scores.add(logits, exact, batch.labels, batch.domains)
         row = {
@@ -67,12 +80,12 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
             "part": part,
             **sizes,
             **scores.summary(),
-            "seconds_ratio": spent / seconds,
-            "images_per_second": adapter.counts.images / seconds,
-            "n_backward": adapter.counts.backward,
+            "seconds_ratio": ratio,
+            "images_per_second": counts.images / seconds,
+            "n_backward": counts.backward,
             "state_bytes": sum(value.nbytes for value in adapter.state.values()),
-            "n_reset": adapter.counts.reset,
-            "n_rolled_back": adapter.counts.rolled_back,
+            "n_reset": counts.reset,
+            "n_rolled_back": counts.rolled_back,
         }
         print(LINE.format(**row), flush=True)
         if given.out:

@@ -78,13 +78,14 @@ def lines_of(rows: list[Row], base: str) -> Iterable[str]:
             based = other.get(plain, []) if other is not parts or plain != part else []
             loss, where = loss_over_seeds(found)
             gains = [100 * (row["error_source_mean"] - row["error_mean"]) for row in found]
+            times = [row["seconds_ratio"] for row in found if row["seconds_ratio"] is not None]
             yield (
                 f"| {part} | {len(found)} | {spread(points(found, 'error_mean'))} | "
                 f"{spread(gains, 1, '+')} | {less(found, alone)} | {less(found, based)} | "
                 f"{loss:+.1f} {where} | {mean(points(found, 'error_class_mean')):.1f} | "
                 f"{mean(points(found, 'ece_mean')):.1f} | "
                 f"{mean(100 * row['n_backward'] / row['n_images'] for row in found):.0f} | "
-                f"{spread([row['seconds_ratio'] for row in found], 2)} | "
+                f"{spread(times, 2) if times else ''} | "
                 f"{mean(row['n_reset'] for row in found):.1f} |"
             )
 

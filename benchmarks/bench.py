@@ -4,6 +4,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 import qat
 from qat.data.streams import StreamBatch
 from qat.lightning.cli import make_parser
@@ -11,7 +13,7 @@ from qat.lightning.commands.adapt import StreamSettings, make_stream
 from qat.lightning.commands.common import arguments_of, make_data
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
-from qat.tta import Adapter
+from qat.tta import Adapter, Guard
 
 RECIPE = "configs/tta/cifar10_vit_tiny.yaml"
 PARTS = "configs/tta/parts"
@@ -57,3 +59,18 @@ class Bench:
 def configs(parts: list[str]) -> list[str]:
     """Arguments that name the files of parts."""
     return [word for part in parts for word in ("--config", f"{PARTS}/{part}.yaml")]
+
+
+def guarded(guard: Guard, source: list[Tensor], adapted: list[Tensor]) -> tuple[list[Tensor], int]:
+    """What a guard makes of the answers of a run without one, and how many collapses it finds.
+
+    While it finds none it leaves the method alone, so these are the answers of a guarded run.
+    """
+    state = guard.start(source[0].shape[1])
+    answers, num_collapses = [], 0
+    for first, second in zip(source, adapted, strict=True):
+        verdict = guard.judge(state, first, second)
+        state = verdict.state
+        num_collapses += bool(verdict.collapse)
+        answers.append(verdict.logits)
+    return answers, num_collapses

@@ -11,7 +11,7 @@ cannot show: `collapses` above 0 makes its line worthless.
 import argparse
 
 import torch
-from bench import RECIPE, Bench
+from bench import RECIPE, Bench, guarded
 from torch import Tensor
 
 from qat.tta import Guard
@@ -30,18 +30,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
     return parser.parse_args()
-
-
-def judged(guard: Guard, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
-    """Classes that a guard answers with, and how many collapses it finds."""
-    state = guard.start(pairs[0][0].shape[1])
-    found, collapses = [], 0
-    for source, adapted in pairs:
-        verdict = guard.judge(state, source, adapted)
-        state = verdict.state
-        collapses += bool(verdict.collapse)
-        found.append(verdict.logits.argmax(1))
-    return torch.cat(found), collapses
 
 
 def report(row: str, answers: Tensor, source: Tensor, labels: Tensor, domains: list[str]) -> None:
@@ -65,23 +53,21 @@ def main() -> None:
     sizes = {"num_images": given.num_images, "batch_size": given.batch_size}
     for item in given.models:
         name, _, path = item.partition("=")
-        runs, truths, domains = [], [], []
+        runs: list[tuple[list[Tensor], list[Tensor]]] = []
+        truths, domains = [], []
         for seed in given.seeds:
             bench = Bench(path, given.recipe, [given.stream], seed, **sizes)
             adapter = bench.adapter(given.part)
-            pairs = []
-            for batch in bench.batches:
-                pairs.append((adapter.source(batch.images), adapter.adapt(batch.images).logits))
-                truths.append(batch.labels)
-                domains += batch.domains
-            runs.append(pairs)
-        source = torch.cat([first.argmax(1) for run in runs for first, _ in run])
-        bare = torch.cat([second.argmax(1) for run in runs for _, second in run])
+            source = [adapter.source(batch.images) for batch in bench.batches]
+            runs.append((source, [adapter.adapt(batch.images).logits for batch in bench.batches]))
+            truths += [batch.labels for batch in bench.batches]
+            domains += [domain for batch in bench.batches for domain in batch.domains]
+        source, bare = (torch.cat([x.argmax(1) for run in runs for x in run[i]]) for i in (0, 1))
         report(f"{name} left alone", source, source, torch.cat(truths), domains)
         report(f"{name} method", bare, source, torch.cat(truths), domains)
         for weight in given.weights:
-            found = [judged(Guard(weight=weight), run) for run in runs]
-            answers = torch.cat([answers for answers, _ in found])
+            found = [guarded(Guard(weight=weight), *run) for run in runs]
+            answers = torch.cat([logits.argmax(1) for run, _ in found for logits in run])
             row = f"{name} weight {weight:g}, collapses {sum(count for _, count in found)}"
             report(row, answers, source, torch.cat(truths), domains)
 

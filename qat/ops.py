@@ -106,6 +106,9 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([0.3, -9.0]), torch.tensor(0.5), None, -2, 1)
         tensor([ 0.5000, -1.0000])
     """
+    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+        codes = quantize(x, scale, zero_point, qmin, qmax)
+        return (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
     return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, grad_factor)  # type: ignore[return-value]
 
 

@@ -62,21 +62,23 @@ def test_codes_are_the_clipped_half_to_even_roundings(
 
 
 @GRIDS
+@pytest.mark.parametrize("grad", [False, True], ids=["without gradient", "with gradient"])
 def test_fake_quantize_maps_codes_back_to_real_values(
-    table: Table, zero_point: Tensor | None, qmin: int, qmax: int
+    table: Table, zero_point: Tensor | None, qmin: int, qmax: int, grad: bool
 ) -> None:
     codes = _column(table, 2)
     expected = codes * 0.5 if zero_point is None else (codes - 3) * 0.5
     assert torch.equal(ops.dequantize(codes, SCALE, zero_point), expected)
-    x = _column(table, 0)
+    x = _column(table, 0).requires_grad_(grad)
     assert torch.equal(ops.fake_quantize(x, SCALE, zero_point, qmin, qmax), expected)
 
 
 @GRIDS
+@pytest.mark.parametrize("grad", [False, True], ids=["without gradient", "with gradient"])
 def test_input_is_not_modified_by_the_in_place_arithmetic(
-    table: Table, zero_point: Tensor | None, qmin: int, qmax: int
+    table: Table, zero_point: Tensor | None, qmin: int, qmax: int, grad: bool
 ) -> None:
-    x = _column(table, 0)
+    x = _column(table, 0).requires_grad_(grad)
     codes = ops.quantize(x, SCALE, zero_point, qmin, qmax)
     ops.dequantize(codes, SCALE, zero_point)
     ops.fake_quantize(x, SCALE, zero_point, qmin, qmax)
