@@ -19,6 +19,9 @@ import torch
 from bench import RECIPE, Bench, guarded
 from torch import Tensor
 
+from qat.data.streams import StreamBatch
+from qat.footprint import Footprint
+from qat.lightning.adaptation import memory_items
 from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.tta import Adapter, Source
@@ -28,9 +31,13 @@ LINE = (
     "{model:6s} {seed} {part:18s} source {error_source_mean:.4f} error {error_mean:.4f} "
     "class {error_class_mean:.4f} worst {error_worst:.3f} "
     "loss {loss_worst:+.3f} ({loss_worst_corruption}) ece {ece_source_mean:.3f} -> {ece_mean:.3f} "
-    "time x{seconds_ratio} of {images_per_second:.0f}/s backward {n_backward} "
-    "state {state_bytes} resets {n_reset} rolled back {n_rolled_back}"
+    "time x{seconds_ratio} of {images_per_second:.0f}/s memory x{memory_ratio:.2f} "
+    "backward {n_backward} resets {n_reset} rolled back {n_rolled_back}"
 )
+
+
+WEIGHED = 3
+"""Batches in which memory is counted."""
 
 
 def options() -> argparse.Namespace:
@@ -46,6 +53,14 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def answered(adapter: Adapter, batches: list[StreamBatch]) -> tuple[list[Tensor], int]:
+    """Logits of every batch, and the most bytes that the first ones needed."""
+    with Footprint() as footprint:
+        first = [adapter.adapt(batch.images).logits for batch in batches[:WEIGHED]]
+    rest = [adapter.adapt(batch.images).logits for batch in batches[WEIGHED:]]
+    return first + rest, footprint.peak
+
+
 def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
     """Every method over the stream of one seed."""
     sizes = {"num_images": given.num_images, "batch_size": given.batch_size}
@@ -54,7 +69,7 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
     source = Adapter(bench.model, Source())
     source.adapt(batches[0].images)  # not timed: first calls are slow
     started = time.process_time()
-    reference = [source.adapt(batch.images).logits for batch in batches]
+    reference, peak_source = answered(source, batches)
     seconds = time.process_time() - started
     runs: dict[str, tuple[list[Tensor], Counts]] = {}
     for part in given.parts:
@@ -64,9 +79,11 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
         if answers and adapter.guard is not None:
             answers, num_collapses = guarded(adapter.guard, reference, answers)
             answers = [] if num_collapses else answers
-        if not answers:
+        if answers:
+            peak = answered(adapter, batches[:WEIGHED])[1]
+        else:
             started = time.process_time()
-            answers = [adapter.adapt(batch.images).logits for batch in batches]
+            answers, peak = answered(adapter, batches)
             ratio = round((time.process_time() - started) / seconds, 3)
             counts = adapter.counts
         runs[part] = (answers, counts)
@@ -83,7 +100,7 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
             "seconds_ratio": ratio,
             "images_per_second": counts.images / seconds,
             "n_backward": counts.backward,
-            "state_bytes": sum(value.nbytes for value in adapter.state.values()),
+            **memory_items(adapter, peak, peak_source),
             "n_reset": counts.reset,
             "n_rolled_back": counts.rolled_back,
         }

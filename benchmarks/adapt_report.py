@@ -70,7 +70,12 @@ def lines_of(rows: list[Row], base: str) -> Iterable[str]:
         )
         yield f"| method | seeds | error | gain over none | over the method alone | over {base} + "
         yield "method | largest loss, corruption | class error | calibration error | "
-        yield "images backward, % | time | resets |\n|---|" + "---:|" * 5 + "---|" + "---:|" * 5
+        yield (
+            "images backward, % | time | memory | resets |\n|---|"
+            + "---:|" * 5
+            + "---|"
+            + "---:|" * 6
+        )
         other = cells.get((f"{model.partition('-')[0]}-{base}", images), {})
         for part, found in parts.items():
             plain = part.removeprefix("ttaq_").removesuffix("+guarded")
@@ -79,6 +84,7 @@ def lines_of(rows: list[Row], base: str) -> Iterable[str]:
             loss, where = loss_over_seeds(found)
             gains = [100 * (row["error_source_mean"] - row["error_mean"]) for row in found]
             times = [row["seconds_ratio"] for row in found if row["seconds_ratio"] is not None]
+            memory = [row["memory_ratio"] for row in found if "memory_ratio" in row]
             yield (
                 f"| {part} | {len(found)} | {spread(points(found, 'error_mean'))} | "
                 f"{spread(gains, 1, '+')} | {less(found, alone)} | {less(found, based)} | "
@@ -86,6 +92,7 @@ def lines_of(rows: list[Row], base: str) -> Iterable[str]:
                 f"{mean(points(found, 'ece_mean')):.1f} | "
                 f"{mean(100 * row['n_backward'] / row['n_images'] for row in found):.0f} | "
                 f"{spread(times, 2) if times else ''} | "
+                f"{f'{mean(memory):.1f}' if memory else ''} | "
                 f"{mean(row['n_reset'] for row in found):.1f} |"
             )
 

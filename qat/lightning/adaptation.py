@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qat.data.streams import Stream, StreamBatch
+from qat.footprint import Footprint
 from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.tta import Adapter, Answer
@@ -23,6 +25,8 @@ COLUMNS: tuple[str, ...] = (
     "position", "domain", "n_images", "n_refused", "error", "error_source", "outcome",
     "n_selected", "n_forward", "n_backward", "digest", "reason", "seconds", "seconds_source",
 )  # fmt: skip
+WEIGHED = 8
+"""Batches from the start of a stream in which memory is counted."""
 
 
 class Adaptation:
@@ -43,6 +47,7 @@ class Adaptation:
         self.store, self.table, self.save_every = store, table, save_every
         self.scores = Scores(stream.domains, num_classes_of(adapter.on.model))
         self.seconds = {"adapted": 0.0, "source": 0.0}
+        self.bytes = {"adapted": 0, "source": 0}
         self.num_unsaved = 0
         self.first_failure = ""
 
@@ -56,7 +61,8 @@ class Adaptation:
         counts = items["counts"]
         self.adapter.load_state_dict({"state": part(tensors, "adapter"), "counts": counts})
         self.scores.tensors = dict(part(tensors, "scores"))
-        self.seconds, self.num_unsaved = items["seconds"], items["num_unsaved"]
+        self.seconds, self.bytes = items["seconds"], items["bytes"]
+        self.num_unsaved = items["num_unsaved"]
         self.first_failure = items["first_failure"]
         rows = []
         if self.table.exists():
@@ -90,10 +96,9 @@ class Adaptation:
         if batch.position in self.stream.restarts:
             self.adapter.reset()
         images = batch.images.to(self.adapter.on.like.device)
-        source, seconds_source = _timed(self.adapter.source, images)
-        answer, seconds = _timed(self.adapter.adapt, images)
-        self.seconds["adapted"] += seconds
-        self.seconds["source"] += seconds_source
+        weigh = batch.position < WEIGHED
+        source, seconds_source = self._measured("source", self.adapter.source, images, weigh)
+        answer, seconds = self._measured("adapted", self.adapter.adapt, images, weigh)
         self.first_failure = self.first_failure or (
             answer.reason if answer.outcome == "rolled back" else ""
         )
@@ -116,6 +121,21 @@ class Adaptation:
             "seconds_source": f"{seconds_source:.4f}",
         }
 
+    def _measured(
+        self, who: str, function: Callable[[Tensor], Any], images: Tensor, weigh: bool
+    ) -> tuple[Any, float]:
+        """What a function makes of a batch, and seconds; adds up time and keeps peak memory."""
+        footprint = Footprint()
+        started = time.perf_counter()
+        with footprint if weigh else nullcontext():
+            result = function(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        seconds = time.perf_counter() - started
+        self.seconds[who] += seconds
+        self.bytes[who] = max(self.bytes[who], footprint.peak)
+        return result, seconds
+
     def _save(self) -> None:
         """Save everything as one; a disk that fails does not stop the stream."""
         saved = self.adapter.state_dict()
@@ -123,6 +143,7 @@ class Adaptation:
         items = {
             "counts": saved["counts"],
             "seconds": self.seconds,
+            "bytes": self.bytes,
             "num_unsaved": self.num_unsaved,
             "first_failure": self.first_failure,
         }
@@ -156,15 +177,22 @@ class Adaptation:
             "seconds_source": round(self.seconds["source"], 3),
             "seconds_ratio": self.seconds["adapted"] / max(self.seconds["source"], 1e-9),
             "state_bytes": sum(value.nbytes for value in self.adapter.state.values()),
+            **memory_items(self.adapter, self.bytes["adapted"], self.bytes["source"]),
         }
 
 
-def _timed(function: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, float]:
-    started = time.perf_counter()
-    result = function(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return result, time.perf_counter() - started
+def memory_items(adapter: Adapter, peak: int, peak_source: int) -> dict[str, int | float]:
+    """Bytes of adapting and of inference: model, first and present state, peak of a batch."""
+    model = adapter.on.model
+    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    states = [*adapter.initial.values(), *adapter.state.values()]
+    adapted = weights + sum(value.nbytes for value in states) + peak
+    source = weights + peak_source
+    return {
+        "memory_bytes": adapted,
+        "memory_source_bytes": source,
+        "memory_ratio": adapted / source,
+    }
 
 
 def _reasons(answer: Answer, batch: StreamBatch) -> str:

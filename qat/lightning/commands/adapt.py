@@ -59,10 +59,11 @@ ROWS = {
     "images sent backward": ("n_backward", "{:,}"),
     "seconds, over those without adaptation": ("seconds_ratio", "{:.2f}"),
     "bytes of state": ("state_bytes", "{:,}"),
+    "peak memory, over that without adaptation": ("memory_ratio", "{:.2f}"),
 }
 COLUMNS = {
     "error_source_mean": 4, "error_mean": 4, "error_worst": 4, "loss_worst": 4,
-    "error_class_mean": 4, "ece_mean": 4, "n_reset": 1, "seconds_ratio": 1,
+    "error_class_mean": 4, "ece_mean": 4, "n_reset": 1, "seconds_ratio": 1, "memory_ratio": 1,
 }  # fmt: skip
 
 

@@ -75,6 +75,8 @@ def test_run_leaves_what_the_contract_says(
     keys = {"error_mean", "error_worst", "error_source_mean", "table", "n_refused", "n_reset"}
     keys |= {"command", "recipe", "seed", "seconds", "device", "coverage_macs", "bops"}
     keys |= {"ece_mean", "error_class_mean", "n_backward", "seconds_ratio", "state_bytes"}
+    keys |= {"memory_bytes", "memory_source_bytes"}
+    assert found["memory_ratio"] > 1  # a backward pass needs what the forward pass left
     assert keys <= set(found)
     table = found["table"]
     assert [row["corruption"] for row in table] == CORRUPTIONS
@@ -95,6 +97,7 @@ def test_source_is_its_own_reference(recipe: Path, tmp_path: Path) -> None:
     found = _adapt(recipe, tmp_path / "run", "--method", "qat.tta.Source")
     assert found["error_mean"] == found["error_source_mean"]
     assert found["loss_worst"] == 0 and found["n_backward"] == 0 and found["state_bytes"] == 0
+    assert found["memory_ratio"] == 1
 
 
 def test_interrupted_run_continues_to_the_same_answers_bit_for_bit(
