@@ -14,12 +14,12 @@ method, which `benchmarks/adapt_report.py` lays out.
 import argparse
 import json
 import time
+from contextlib import nullcontext
 
 import torch
 from bench import RECIPE, Bench, guarded
 from torch import Tensor
 
-from qat.data.streams import StreamBatch
 from qat.footprint import Footprint
 from qat.lightning.adaptation import memory_items
 from qat.lightning.stream_scores import Scores
@@ -53,12 +53,15 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answered(adapter: Adapter, batches: list[StreamBatch]) -> tuple[list[Tensor], int]:
-    """Logits of every batch, and the most bytes that the first ones needed."""
-    with Footprint() as footprint:
-        first = [adapter.adapt(batch.images).logits for batch in batches[:WEIGHED]]
-    rest = [adapter.adapt(batch.images).logits for batch in batches[WEIGHED:]]
-    return first + rest, footprint.peak
+def answered(adapter: Adapter, bench: Bench, end: int | None = None) -> tuple[list[Tensor], int]:
+    """Logits of every batch before `end`, and the most bytes that the first ones needed."""
+    answers, footprint = [], Footprint()
+    for batch in bench.batches[:end]:
+        if batch.position in bench.stream.restarts:
+            adapter.reset()
+        with footprint if batch.position < WEIGHED else nullcontext():
+            answers.append(adapter.adapt(batch.images).logits)
+    return answers, footprint.peak
 
 
 def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
@@ -69,7 +72,7 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
     source = Adapter(bench.model, Source())
     source.adapt(batches[0].images)  # not timed: first calls are slow
     started = time.process_time()
-    reference, peak_source = answered(source, batches)
+    reference, peak_source = answered(source, bench)
     seconds = time.process_time() - started
     runs: dict[str, tuple[list[Tensor], Counts]] = {}
     for part in given.parts:
@@ -77,13 +80,15 @@ def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
         ratio = None
         answers, counts = runs.get(part.removesuffix("+guarded"), ([], Counts()))
         if answers and adapter.guard is not None:
-            answers, num_collapses = guarded(adapter.guard, reference, answers)
+            answers, num_collapses = guarded(
+                adapter.guard, reference, answers, bench.stream.restarts
+            )
             answers = [] if num_collapses else answers
         if answers:
-            peak = answered(adapter, batches[:WEIGHED])[1]
+            peak = answered(adapter, bench, WEIGHED)[1]
         else:
             started = time.process_time()
-            answers, peak = answered(adapter, batches)
+            answers, peak = answered(adapter, bench)
             ratio = round((time.process_time() - started) / seconds, 3)
             counts = adapter.counts
         runs[part] = (answers, counts)

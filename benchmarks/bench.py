@@ -1,5 +1,6 @@
 """A model, a stream and methods as `train.py adapt` makes them, for benchmarks of adaptation."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -61,14 +62,17 @@ def configs(parts: list[str]) -> list[str]:
     return [word for part in parts for word in ("--config", f"{PARTS}/{part}.yaml")]
 
 
-def guarded(guard: Guard, source: list[Tensor], adapted: list[Tensor]) -> tuple[list[Tensor], int]:
+def guarded(
+    guard: Guard, source: list[Tensor], adapted: list[Tensor], restarts: Collection[int] = ()
+) -> tuple[list[Tensor], int]:
     """What a guard makes of the answers of a run without one, and how many collapses it finds.
 
     While it finds none it leaves the method alone, so these are the answers of a guarded run.
     """
-    state = guard.start(source[0].shape[1])
-    answers, num_collapses = [], 0
-    for first, second in zip(source, adapted, strict=True):
+    answers, num_collapses, state = [], 0, guard.start(source[0].shape[1])
+    for position, (first, second) in enumerate(zip(source, adapted, strict=True)):
+        if position in restarts:
+            state = guard.start(first.shape[1])
         verdict = guard.judge(state, first, second)
         state = verdict.state
         num_collapses += bool(verdict.collapse)
