@@ -61,7 +61,7 @@ class Guard:
         pause: Batches without adaptation after the first collapse.
     """
 
-    weight: float = 0.3
+    weight: float = 0.2
     window: int = 100
     probation: int = 400
     margin: float = 0.15
