@@ -106,7 +106,15 @@ def _nearest_option(
 
 
 def _plain(message: str) -> str:
-    """A message without the Python type that a missing class was meant to be."""
+    """A message without the alternatives of an optional value or the type of a missing class."""
+    optional = (
+        r"(?:Parser key \"([\w.]+)\":\s+)?Does not validate against any of the Union subtypes\s"
+        r".*?Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>\s.*?Given value: (.*)"
+    )
+    if found := re.search(optional, message, re.DOTALL):
+        key, error, value = found.groups()
+        error = f"{error}. Got value: {value}" if error.startswith("Expected a") else error
+        message = f'Parser key "{key}": {error}' if key else error
     missing = r"key \"([\w.]+)\".*module '([\w.]+)' has no attribute '(\w+)'"
     found = re.search(missing, message, re.DOTALL)
     if not found:

@@ -138,11 +138,11 @@ def adapt(
         model_path: Where the model that adapts is kept; one that is there is used.
     """
     started = time.monotonic()
+    objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
     resumed = resumes(parser, config, folder)
     prepare(config)
     data = make_data(parser, config)
     device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
-    objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
     settings = StreamSettings(**arguments_of(parser, config, "stream"))
 
     def check(model: nn.Module) -> None:

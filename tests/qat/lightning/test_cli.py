@@ -90,6 +90,24 @@ def test_unknown_option_is_refused_with_the_nearest_one(
     assert word in line and re.search(message, line)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--stream.num_images", "few"), r"\"stream\.num_images\": Expected a .*int.*: few$"),
+        (("--guard", "qat.tta.Gard"), r"^error: guard: .*'Gard'; did you mean 'Guard'\?$"),
+        (("--guard.weight", "-1"), r"^error: a guard needs a weight of at least 0.*got -1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_value_that_an_optional_setting_refuses_is_told_without_its_alternatives(
+    words: tuple[str, str], message: str, refused: Refused, tmp_path: Path
+) -> None:
+    recipe = runs.ROOT / "configs/tta/digits.yaml"
+    line = refused("adapt", "--config", recipe, "--run_dir", tmp_path / "run", *words)
+    assert re.search(message, line) and "NoneType" not in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("word", ["--seed", "--trainer.max_epo", "--run", "--require_cov"])
 def test_abbreviated_option_is_refused(word: str, refused: Refused) -> None:
     assert f"unrecognized arguments: {word}" in refused("fit", "--config", FLOAT, word, 3)
