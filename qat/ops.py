@@ -72,17 +72,21 @@ class _FakeQuantize(Function):
             v.add_(zero_point)
         codes.clamp_(qmin, qmax)
         out = (codes if zero_point is None else codes.sub_(zero_point)).mul_(scale)
-        ctx.save_for_backward(v, out, scale, zero_point)
-        ctx.bounds = (qmin, qmax, grad_factor)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(v, out, scale, zero_point)
+            ctx.bounds = (qmin, qmax, grad_factor)
+        else:  # one byte a value in place of eight
+            ctx.save_for_backward((v > qmin).logical_and_(v < qmax))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        if not ctx.needs_input_grad[1]:
+            (inside,) = ctx.saved_tensors
+            return torch.where(inside, grad, 0), None, None, None, None, None
         v, out, scale, zero_point = ctx.saved_tensors
         qmin, qmax, grad_factor = ctx.bounds
         grad_x = torch.ops.aten.hardtanh_backward(grad, v, qmin, qmax)
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None, None
         steps = v if zero_point is None else v - zero_point
         codes_term = (grad * out).sum_to_size(scale.shape) / scale
         value_term = (grad_x * steps).sum_to_size(scale.shape)

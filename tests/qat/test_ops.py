@@ -108,6 +108,19 @@ def test_gradient_passes_inside_the_grid_and_is_zero_on_and_beyond_its_bounds(
     assert torch.equal(x.grad, upstream * torch.tensor(inside))
 
 
+def test_backward_pass_of_a_fixed_scale_needs_one_byte_a_value() -> None:
+    sizes: list[int] = []
+    x = torch.linspace(-2, 2, 64, requires_grad=True)
+
+    def keep(saved: Tensor) -> Tensor:
+        sizes.append(saved.nbytes)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        ops.fake_quantize(x, SCALE, torch.tensor(3.0), 0, 7)
+    assert sizes == [64]
+
+
 @GRIDS
 @pytest.mark.parametrize("factor", [1.0, 0.125])
 def test_scale_gradient_is_the_code_outside_and_the_rounding_residue_inside(
