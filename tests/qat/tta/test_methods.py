@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import log
+from statistics import mean
 
 import pytest
 import torch
@@ -47,10 +48,8 @@ def test_tent_steps_equal_those_of_torch_on_a_copy_of_the_model(bits: int | None
 def test_tent_lowers_entropy_and_leaves_the_model_alone(bits: int | None) -> None:
     tested, batch = adapter("tent", bits), torch.cat(noisy()[:8])
     before = {n: p.clone() for n, p in tested.on.model.named_parameters()}
-    first = entropy(tested.adapt(batch).logits).mean()
-    for _ in range(5):
-        last = entropy(tested.adapt(batch).logits).mean()
-    assert last < first
+    first, *later = (float(entropy(tested.adapt(batch).logits).mean()) for _ in range(31))
+    assert mean(later[-10:]) < first  # of several steps: at two bits single ones go up and down
     assert all(torch.equal(before[n], p) for n, p in tested.on.model.named_parameters())
 
 
