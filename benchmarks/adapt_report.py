@@ -108,7 +108,7 @@ def main() -> None:
     rows = [json.loads(line) for file in given.lines for line in file.read_text().splitlines()]
     text = f"# {given.title}\n\n{given.note}\n"
     for stream in dict.fromkeys(row["stream"] for row in rows):
-        text += f"\n## {stream.capitalize()}\n"
+        text += f"\n## {stream.replace('_', ' ').capitalize()}\n"
         for line in lines_of([row for row in rows if row["stream"] == stream], given.base):
             text += line if line.endswith(" ") else f"{line}\n"
     given.page.write_text(text)
