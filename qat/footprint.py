@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code, counted by its tensors: the same figure on every device."""
+"""Peak memory of a piece of code, counted by its tensors and not asked of an allocator."""
 
 import weakref
 from collections.abc import Callable, Iterator
