@@ -1,7 +1,7 @@
 """A million images through one adapter, by tenths: memory, files, threads, delay, error (goal R11).
 
-    python train.py --run_dir runs/digits
-    python benchmarks/endurance.py runs/digits/model.ckpt --images 1000000
+    python train.py fit --config configs/qat/digits_w4a4_lsq.yaml --run_dir runs/digits
+    python benchmarks/endurance.py runs/digits/checkpoints/best.ckpt --images 1000000
 
 The stream of the recipe goes round and round, as one that recurs. Delays are of one call, on a
 machine that ought to do nothing else.
@@ -22,7 +22,7 @@ from bench import Bench
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="model.ckpt of a model on the recipe's data")
+    parser.add_argument("model", help="checkpoint of a model on the recipe's data")
     parser.add_argument("--recipe", default="configs/tta/digits.yaml")
     parser.add_argument("--part", default="ttaq_tent+guarded", help="joined by +, such as a+b")
     parser.add_argument("--images", type=int, default=1_000_000)
