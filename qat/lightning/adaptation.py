@@ -71,11 +71,11 @@ class Adaptation:
         _write_rows(self.table, rows)
         return problems
 
-    def run(self, advance: Callable[[], None], num_workers: int = 0) -> None:
+    def run(self, after: Callable[[dict[str, Any]], None], num_workers: int = 0) -> None:
         """Adapt from where the run is to the end of the stream.
 
         Args:
-            advance: Called after each batch.
+            after: Called with the row of each batch when that is done.
             num_workers: Processes that make batches ahead of time.
         """
         start = self.adapter.counts.position
@@ -84,13 +84,14 @@ class Adaptation:
         with open(self.table, "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             for batch in self.stream.batches(start, num_workers):
-                writer.writerow(self._batch(batch))
+                row = self._batch(batch)
+                writer.writerow(row)
                 done = batch.position + 1
                 if done % self.save_every == 0 or done == len(self.stream):
                     file.flush()
                     os.fsync(file.fileno())  # the rows before the state that says they are done
                     self._save()
-                advance()
+                after(row)
 
     def _batch(self, batch: StreamBatch) -> dict[str, Any]:
         if batch.position in self.stream.restarts:
@@ -109,16 +110,16 @@ class Adaptation:
             "domain": "+".join(dict.fromkeys(batch.domains)),
             "n_images": len(batch.labels),
             "n_refused": sum(reason is not None for reason in answer.refusals),
-            "error": f"{error:.6f}",
-            "error_source": f"{error_source:.6f}",
+            "error": round(error, 6),
+            "error_source": round(error_source, 6),
             "outcome": str(answer.outcome),
             "n_selected": answer.num_selected,
             "n_forward": answer.num_forward,
             "n_backward": answer.num_backward,
             "digest": hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16],
             "reason": _reasons(answer, batch),
-            "seconds": f"{seconds:.4f}",
-            "seconds_source": f"{seconds_source:.4f}",
+            "seconds": round(seconds, 4),
+            "seconds_source": round(seconds_source, 4),
         }
 
     def _measured(

@@ -41,6 +41,7 @@ from qat.lightning.grid import add_grid_arguments, grid_table, run_grid
 from qat.lightning.plots import stream_plot
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
+from qat.lightning.trackers import finish, report, trackers
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.tta import Adapter, Guard, Method
@@ -168,13 +169,19 @@ def adapt(
     adaptation = Adaptation(adapter, stream, store, folder.path / "stream.csv", settings.save_every)
     if resumed:
         _resume(adaptation)
-    with Progress(console=console, transient=True) as progress:
-        done = adapter.counts.position
-        task = progress.add_task("adapting", total=len(stream), completed=done)
-        adaptation.run(lambda: progress.advance(task), settings.num_workers)
-    stream_plot(folder.path / "stream.csv", folder.path / "stream.png")
-    folder.write_metrics(
-        {
+    with trackers(parser, config, folder) as loggers:
+        with Progress(console=console, transient=True) as progress:
+            done = adapter.counts.position
+            task = progress.add_task("adapting", total=len(stream), completed=done)
+
+            def after(row: dict[str, Any]) -> None:
+                progress.advance(task)
+                curves = {f"stream/{key}": value for key, value in row.items()}
+                report(loggers, curves, row["position"])
+
+            adaptation.run(after, settings.num_workers)
+        stream_plot(folder.path / "stream.csv", folder.path / "stream.png")
+        items = {
             **run_items("adapt", config, started, device),
             "resumed": resumed,
             "method": describe(objects.method),
@@ -182,7 +189,8 @@ def adapt(
             **adaptation.items(),
             **model_items(model),
         }
-    )
+        report(loggers, {f"error/{row['corruption']}": row["error"] for row in items["table"]})
+        finish(folder, loggers, items)
 
 
 def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:

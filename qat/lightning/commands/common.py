@@ -12,7 +12,6 @@ import torch
 from jsonargparse import Namespace
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser
-from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -174,7 +173,9 @@ def make_data(parser: LightningArgumentParser, config: Namespace) -> VisionData:
 
 
 def trainer_arguments(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The trainer's arguments of a recipe, its loggers and callbacks built."""
+    """The trainer's arguments of a recipe, its callbacks built; `trackers` builds its loggers."""
+    config = config.clone()
+    config.trainer.logger = False
     return arguments_of(parser, config, "trainer")
 
 
@@ -185,36 +186,13 @@ def arguments_of(parser: LightningArgumentParser, config: Namespace, part: str) 
 
 
 def make_trainer(arguments: dict[str, Any], folder: RunFolder, **changes: Any) -> Trainer:
-    """A trainer with the recipe's arguments, but the loggers and callbacks of the command."""
+    """A trainer with the recipe's arguments, some of them changed."""
     return Trainer(**{**arguments, "default_root_dir": str(folder.path), **changes})
 
 
 def make_judge(arguments: dict[str, Any], folder: RunFolder) -> Trainer:
-    """A trainer that only evaluates: the recipe's arguments, without loggers and callbacks."""
-    quiet = {"logger": False, "enable_checkpointing": False, "callbacks": []}
-    return make_trainer(arguments, folder, **quiet)
-
-
-def place_loggers(config: Namespace, folder: RunFolder) -> None:
-    """Let the loggers of a recipe write into the run folder; W&B keeps one identity on resume."""
-    loggers = config.trainer.logger
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        arguments = getattr(logger, "init_args", None)
-        if arguments is None:
-            continue
-        if arguments.get("save_dir") in (None, "."):
-            arguments["save_dir"] = str(folder.path)
-        if logger.class_path.endswith("WandbLogger"):
-            arguments["id"] = arguments.get("id") or folder.tracker_id()
-            arguments["name"] = arguments.get("name") or folder.path.name
-            logger["dict_kwargs"] = {"resume": "allow", **(logger.get("dict_kwargs") or {})}
-
-
-def configured_loggers(setting: Any) -> list[Logger]:
-    """The loggers that a recipe asks for, besides the CSV one."""
-    if isinstance(setting, Logger):
-        return [setting]
-    return list(setting) if isinstance(setting, list | tuple) else []
+    """A trainer that only evaluates: the recipe's arguments, without callbacks."""
+    return make_trainer(arguments, folder, enable_checkpointing=False, callbacks=[])
 
 
 def check_coverage(model: nn.Module, required: float | None) -> None:

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser
-from pytorch_lightning.loggers import Logger, WandbLogger
 from rich.table import Table
 
 from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
@@ -18,7 +16,6 @@ from qat.lightning.commands.common import (
     add_run_arguments,
     add_training_arguments,
     check_coverage,
-    configured_loggers,
     console,
     evaluate,
     make_data,
@@ -27,7 +24,6 @@ from qat.lightning.commands.common import (
     make_task,
     make_trainer,
     model_items,
-    place_loggers,
     prepare,
     recipe_name,
     run_items,
@@ -38,6 +34,7 @@ from qat.lightning.data import VisionData
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder, is_first_process
 from qat.lightning.tasks import Task
+from qat.lightning.trackers import finish, trackers
 from qat.lightning.training import Training
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
@@ -73,7 +70,6 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     if resume is None and is_first_process():
         parser.save(config, str(folder.path / "config.yaml"), overwrite=True, skip_validation=True)
     train_judge(parser, config, folder)
-    place_loggers(config, folder)
     prepare(config)
     task = make_task(parser, config)
     module, data = make_module(parser, config), make_data(parser, config)
@@ -86,29 +82,27 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
     callbacks = [*(settings["callbacks"] or []), interrupt, *_checkpoints(folder, *task.monitor)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
-    loggers: list[Logger] = [folder.logger(step), *configured_loggers(settings["logger"])]
-    trainer = make_trainer(settings, folder, logger=loggers, callbacks=callbacks)
-    for logger in loggers[1:]:
-        logger.log_hyperparams(_plain(parser, config))
-    try:
-        with RunJournal(folder.path, console, waits=True) as module.journal:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        module.journal.clear()
-        interrupted = interrupt.asked
-    except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
-        interrupted = True
-    if interrupted:
-        console.print(f"interrupted; continue with --run_dir {folder.path} --ckpt_path last")
-        raise KeyboardInterrupt
-    _finish(loggers)
-    folder.write_metrics(
-        {
+    with trackers(parser, config, folder) as loggers:
+        trainer = make_trainer(
+            settings, folder, logger=[folder.logger(step), *loggers], callbacks=callbacks
+        )
+        try:
+            with RunJournal(folder.path, console, waits=True) as module.journal:
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            module.journal.clear()
+            interrupted = interrupt.asked
+        except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
+            interrupted = True
+        if interrupted:
+            console.print(f"interrupted; continue with --run_dir {folder.path} --ckpt_path last")
+            raise KeyboardInterrupt
+        items = {
             **run_items("fit", config, started, trainer.strategy.root_device),
             **_judge(task, module, data, make_judge(settings, folder), folder),
             "epochs": trainer.current_epoch,
             **tracker.summary(),
         }
-    )
+        finish(folder, loggers, items)
 
 
 def _judge(
@@ -167,13 +161,6 @@ def _checkpoints(folder: RunFolder, monitor: str, mode: str) -> list[ModelCheckp
     ]
 
 
-def _finish(loggers: list[Logger]) -> None:
-    """End the run of trackers that keep one open, so that the student's is not the teacher's."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and is_first_process():
-            logger.experiment.finish()
-
-
 def _find_checkpoint(config: Namespace, folder: RunFolder) -> Path | None:
     """The checkpoint to resume from; None also where only the teacher has been trained so far."""
     begun = (folder.path / "teacher").is_dir() and not folder.last.exists()
@@ -210,7 +197,3 @@ def _train_first(
 
 def _step(path: Path) -> int:
     return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
-
-
-def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
-    return yaml.safe_load(parser.dump(config, skip_validation=True))

@@ -36,6 +36,7 @@ from qat.lightning.grid import add_grid_arguments, grid_table, run_grid
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
 from qat.lightning.tasks import Task
+from qat.lightning.trackers import finish, trackers
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 
@@ -88,22 +89,22 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
     data.attach(expected_by(model), num_classes_of(model))
     check_coverage(model, config.require_coverage)
     judge = make_judge(trainer_arguments(parser, config), folder)
-    model.to(judge.strategy.root_device)
     device = judge.strategy.root_device
+    model.to(device)
     batches = [move_data_to_device(batch, device) for batch in task.calibration_batches(data)]
     folder.path.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    with RunJournal(folder.path, console, resume=resume) as journal:
-        module.initialise(model, batches, journal)
-    seconds = time.monotonic() - begun
-    with patchwise_as_asked(parser, model, config):
-        items = task.compare(model.eval(), original, data, judge, folder.path)
-        costs = model_items(model)
-    files.save(model, folder.path / "model.ckpt")
-    folder.write_metrics(
-        {
-            **run_items("quantize", config, started, judge.strategy.root_device),
-            **items,
+    with trackers(parser, config, folder) as loggers:
+        begun = time.monotonic()
+        with RunJournal(folder.path, console, resume=resume) as journal:
+            module.initialise(model, batches, journal)
+        seconds = time.monotonic() - begun
+        with patchwise_as_asked(parser, model, config):
+            measured = task.compare(model.eval(), original, data, judge, folder.path)
+            costs = model_items(model)
+        files.save(model, folder.path / "model.ckpt")
+        items = {
+            **run_items("quantize", config, started, device),
+            **measured,
             "seconds_calibration": round(seconds, 3),
             "resumed": resume,
             "n_calibration": sum(
@@ -112,7 +113,7 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
             **journal.notes,
             **costs,
         }
-    )
+        finish(folder, loggers, items)
     journal.clear()
 
 

@@ -31,6 +31,7 @@ from qat.lightning.commands.common import (
 from qat.lightning.plots import frontier_plot, sensitivity_plot
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
+from qat.lightning.trackers import finish, trackers
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import ObserverFactory
@@ -128,35 +129,37 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     batches = [images.to(device) for images in data.calibration_batches()]
     labels = data.calibration_labels() if settings.labels else None
     folder.path.mkdir(parents=True, exist_ok=True)
-    with RunJournal(folder.path, console) as journal:
-        begun = time.monotonic()
-        module.initialise(model, batches, journal)
-        images = torch.cat(batches)
-        measured = time.monotonic()
-        grids = images[: settings.num_grid_images]
-        with probing(model, grids, widths, settings.observer) as probes:
-            omega = monotone(settings.metric(model, probes, images, labels))
-        solved = time.monotonic()
-        task = pmq.problem(costs, omega, space, settings.measure, price)
-        front = frontier(task.components)
-        if budget is None:
-            picks = tuple(int(pick) for pick in front.picks[front.knee()])
-        else:
-            picks = settings.allocate(
-                task.components, budget - task.constant, config.seed_everything
-            )
-        done = time.monotonic()
-    chosen = pmq.chosen_bits(task.components, picks, omega)
-    plan = pmq.plan_of(model, chosen, pmq.reasons(task.components, picks, costs, settings.measure))
-    plan.save(folder.path / "plan.yaml")
-    spent, loss = totals(task.components, picks)
-    _write_sensitivities(folder.path, omega, chosen)
-    _write_frontier(folder.path, front, task, (spent, loss), settings.measure)
-    found = _converted(parser, config, folder.path / "plan.yaml")
-    check_coverage(found, config.require_coverage)
-    bits = pmq.mean_bits(cost(found))
-    folder.write_metrics(
-        {
+    with trackers(parser, config, folder) as loggers:
+        with RunJournal(folder.path, console) as journal:
+            begun = time.monotonic()
+            module.initialise(model, batches, journal)
+            images = torch.cat(batches)
+            measured = time.monotonic()
+            grids = images[: settings.num_grid_images]
+            with probing(model, grids, widths, settings.observer) as probes:
+                omega = monotone(settings.metric(model, probes, images, labels))
+            solved = time.monotonic()
+            task = pmq.problem(costs, omega, space, settings.measure, price)
+            front = frontier(task.components)
+            if budget is None:
+                picks = tuple(int(pick) for pick in front.picks[front.knee()])
+            else:
+                picks = settings.allocate(
+                    task.components, budget - task.constant, config.seed_everything
+                )
+            done = time.monotonic()
+        chosen = pmq.chosen_bits(task.components, picks, omega)
+        plan = pmq.plan_of(
+            model, chosen, pmq.reasons(task.components, picks, costs, settings.measure)
+        )
+        plan.save(folder.path / "plan.yaml")
+        spent, loss = totals(task.components, picks)
+        _write_sensitivities(folder.path, omega, chosen)
+        _write_frontier(folder.path, front, task, (spent, loss), settings.measure)
+        found = _converted(parser, config, folder.path / "plan.yaml")
+        check_coverage(found, config.require_coverage)
+        bits = pmq.mean_bits(cost(found))
+        items = {
             **run_items("search", config, started, device),
             "seconds_initialise": round(measured - begun, 3),
             "seconds_sensitivity": round(solved - measured, 3),
@@ -172,7 +175,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             "n_frontier": len(front.costs),
             **model_items(found),
         }
-    )
+        finish(folder, loggers, items)
     rows = {f"cost, {settings.measure}": ("cost", "{:,.6g}"), **ROWS}
     show(folder.read_metrics(), rows, "Search")
     console.print(f"plan: {folder.path / 'plan.yaml'}")

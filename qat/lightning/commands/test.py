@@ -28,6 +28,7 @@ from qat.lightning.commands.common import (
 )
 from qat.lightning.commands.fit import train_judge
 from qat.lightning.run_folder import RunFolder
+from qat.lightning.trackers import finish, trackers
 from qat.plan import load_plan
 from qat.quantizers import Phase, quantizers
 
@@ -55,14 +56,11 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     train_judge(parser, config, folder)
     task = make_task(parser, config)
-    with patchwise_as_asked(parser, model, config):
-        items = {**evaluate(task, model, data, trainer, folder), **model_items(model)}
-    folder.write_metrics(
-        {
-            **run_items("test", config, started, trainer.strategy.root_device),
-            **items,
-        }
-    )
+    with trackers(parser, config, folder) as loggers:
+        with patchwise_as_asked(parser, model, config):
+            items = {**evaluate(task, model, data, trainer, folder), **model_items(model)}
+        of_run = run_items("test", config, started, trainer.strategy.root_device)
+        finish(folder, loggers, of_run | items)
     show(items, {**task.rows, "top-5": ("top5", "{:.4f}")})
     console.print(f"run folder: {folder.path}")
 

@@ -137,7 +137,7 @@ def test_protocol_that_resets_starts_the_method_anew(tmp_path: Path) -> None:
         folder = tmp_path / type(protocol).__name__
         folder.mkdir()
         found = _adaptation(folder, "tent", stream)
-        found.run(lambda: None)
+        found.run(lambda row: None)
         alone = Adapter(shared(), METHODS["tent"], clean(), guard=Guard()).adapt(stream[2].images)
         digest = hashlib.sha256(alone.logits.numpy().tobytes()).hexdigest()[:16]
         starts.append(_rows(folder)[2]["digest"] == digest)
@@ -212,7 +212,7 @@ def test_broken_files_are_refused_counted_and_left_out_of_the_error(tmp_path: Pa
         stream[0]
     except Unreadable:
         pytest.fail("the stream must flag, not raise")
-    found.run(lambda: None)
+    found.run(lambda row: None)
     items = found.items()
     assert items["n_refused"] == 2 * 36 and items["n_images"] == 2 * 360
     assert [row["n_refused"] for row in items["table"]] == [36, 36]
@@ -239,9 +239,9 @@ def test_failing_disk_does_not_stop_the_stream_and_is_counted(
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.warns(UserWarning, match="could not be saved .*No space left"):
-        found.run(lambda: None)
+        found.run(lambda row: None)
     calls.extend([1] * 10)
-    whole.run(lambda: None)
+    whole.run(lambda row: None)
     assert found.items()["n_unsaved"] == 3
     assert _lasting(_rows(tmp_path / "a")) == _lasting(_rows(tmp_path / "b"))
 
@@ -250,7 +250,7 @@ def _run_or_resume(folder: Path) -> None:
     found = _adaptation(folder)
     if any(folder.glob("*.stream")):
         found.resume()
-    found.run(lambda: None)
+    found.run(lambda row: None)
     (folder / "done").touch()
 
 
