@@ -200,6 +200,20 @@ def test_teacher_recipe_is_trained_first_and_once(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "teacher" / "metrics.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("config", ["configs/default.yaml", "configs/digits_teacher.yaml"])
+def test_without_a_command_it_is_fit_and_without_a_recipe_the_default_one(
+    config: str, teacher: Path, tmp_path: Path
+) -> None:
+    default = config == "configs/default.yaml"
+    named = ["--model.teacher", teacher] if default else ["--config", config]
+    words = [*named, "--run_dir", tmp_path / "run", *SHORT, *QUIET]
+    with contextlib.chdir(ROOT):
+        assert main([str(word) for word in words]) == 0
+    found = metrics(tmp_path / "run")
+    assert (found["command"], found["recipe"]) == ("fit", Path(config).stem)
+    assert (found["coverage_macs"] > 0.9) == default
+
+
 def _wandb_records(path: Path) -> list[Record]:
     """Records of a `.wandb` file: the log format of LevelDB behind a header of seven bytes."""
     content, at, parts, records = path.read_bytes(), 7, b"", []

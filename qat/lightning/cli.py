@@ -28,8 +28,8 @@ COMMANDS: dict[str, Any] = {
     "adapt": adapt,
     "plan": plan,
 }
-DEFAULT = ("fit", "--config", "configs/default.yaml")
-DESCRIPTION = "Low-bit vision transformers. Without arguments: " + " ".join(DEFAULT)
+COMMAND, RECIPE = "fit", "configs/default.yaml"
+DESCRIPTION = f"Low-bit vision transformers. Without a command: {COMMAND} --config {RECIPE}"
 
 
 @cache
@@ -59,14 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Words of the command line; None takes those of the process. Without any, the
-            default recipe runs.
+        arguments: Words of the command line; None takes those of the process. Without a command it
+            is `fit`, and without a recipe as well the default one.
 
     Returns:
         The exit status: 0, 1 where the run failed, 2 for unusable arguments, 130 if interrupted.
     """
     _quieten()
-    words = list(sys.argv[1:] if arguments is None else arguments) or list(DEFAULT)
+    words = _with_command(list(sys.argv[1:] if arguments is None else arguments))
     parser, parsers = make_parser()
     try:
         config = parser.parse_args(_with_save_dir(words))
@@ -79,6 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _with_command(words: list[str]) -> list[str]:
+    """The words, with the default command where they name none, and its recipe likewise."""
+    if words and (words[0] in ("-h", "--help") or not words[0].startswith("-")):
+        return words
+    has_recipe = any(word.partition("=")[0] == "--config" for word in words)
+    return [COMMAND, *([] if has_recipe else ["--config", RECIPE]), *words]
 
 
 def _with_save_dir(words: list[str]) -> list[str]:
