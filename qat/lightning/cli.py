@@ -7,10 +7,10 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from inspect import Parameter, signature
-from typing import Any
+from inspect import Parameter, isabstract, signature
+from typing import Any, get_args
 
 import pytorch_lightning.callbacks
 import pytorch_lightning.loggers
@@ -71,11 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parser.parse_args(_with_save_dir(words))
     except (ArgumentError, TypeError) as error:
-        return _fail(f"{_plain(str(error))}{_nearest_option(str(error), words, parsers)}", 2)
+        told = _plain(str(error), parsers.get(words[0]))
+        return _fail(f"{told}{_nearest_option(str(error), words, parsers)}", 2)
     try:
         COMMANDS[config.command].run(parsers[config.command], config[config.command])
     except (ValueError, ArgumentError) as error:  # the latter from the recipe of a teacher
-        return _fail(_plain(str(error)), 1)
+        return _fail(_plain(str(error), parsers[config.command]), 1)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -113,8 +114,10 @@ def _nearest_option(
     return nearest(found[1], known) if difflib.get_close_matches(found[1], known) else ""
 
 
-def _plain(message: str) -> str:
+def _plain(message: str, parser: LightningArgumentParser | None) -> str:
     """A message without the alternatives of an optional value or the type of a missing class."""
+    if unknown := _unknown_class(message, parser):
+        return unknown
     optional = (
         r"(?:Parser key \"([\w.]+)\":\s+)?Does not validate against any of the Union subtypes\s"
         r".*?Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>\s.*?Given value: (.*)"
@@ -123,13 +126,38 @@ def _plain(message: str) -> str:
         key, error, value = found.groups()
         error = f"{error}. Got value: {value}" if error.startswith("Expected a") else error
         message = f'Parser key "{key}": {error}' if key else error
-    missing = r"key \"([\w.]+)\".*module '([\w.]+)' has no attribute '(\w+)'"
-    found = re.search(missing, message, re.DOTALL)
-    if not found:
-        return message
-    key, module, name = found.groups()
-    known = [known for known in vars(sys.modules[module]) if known[0].isupper()]
-    return f"{key}: '{module}' has no '{name}'{nearest(name, known)}"
+    return message
+
+
+def _unknown_class(message: str, parser: LightningArgumentParser | None) -> str | None:
+    """What to say where a message is about a class that there is none of; None elsewhere."""
+    path = r"key \"([\w.]+)\".*module '([\w.]+)' has no attribute '(\w+)'"
+    if found := re.search(path, message, re.DOTALL):
+        key, module, name = found.groups()
+        known = [known for known in vars(sys.modules[module]) if known[0].isupper()]
+        return f"{key}: '{module}' has no '{name}'{nearest(name, known)}"
+    found = re.search(
+        r".*key \"([\w.]+)\".*?Expected a dot import path string: (\w+)\s", message + " ", re.DOTALL
+    )
+    if not found or parser is None:
+        return None
+    key, name = found.groups()
+    types = [getattr(action, "_typehint", None) for action in parser._actions if action.dest == key]
+    known = {known for base in types for known in _names_of_subclasses(base)}
+    hint = nearest(name, known) if known else "; give its path, such as module.name"
+    return f"{key}: nothing is called '{name}'{hint}"
+
+
+def _names_of_subclasses(kind: Any) -> Iterator[str]:
+    """Names of classes that a type admits, of those known so far."""
+    if isinstance(kind, type) and kind.__module__ not in ("builtins", "types"):
+        for known in kind.__subclasses__():
+            yield from _names_of_subclasses(known)
+        concrete = not isabstract(kind) and not getattr(kind, "_is_protocol", False)
+        if concrete and kind.__name__[0] != "_":
+            yield kind.__name__
+    for part in get_args(kind):
+        yield from _names_of_subclasses(part)
 
 
 def _fail(message: str, status: int) -> int:

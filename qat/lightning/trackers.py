@@ -4,7 +4,7 @@ A tracker gets the recipe, and at the end the numbers of `metrics.json` under th
 adds the curves of training, `adapt` a point a batch of the stream.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from qat.lightning.commands.common import arguments_of
+from qat.lightning.commands.common import arguments_of, console
 from qat.lightning.run_folder import RunFolder, is_first_process
 
 
@@ -25,6 +25,9 @@ def trackers(
 
     A W&B run ends with the block, so that the next one of this process is another. Where the block
     raises, it is left to the end of the process, which marks it as failed.
+
+    A tracker that fails within the block is left out from there on, with a word to the user: the
+    run and its files do not depend on it.
     """
     config = config.clone()
     _place(config, folder)
@@ -34,23 +37,36 @@ def trackers(
     for logger in loggers:
         logger.log_hyperparams(yaml.safe_load(parser.dump(config, skip_validation=True)))
     yield loggers
-    for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger) and is_first_process():
-            logger.experiment.finish()
+    _tell(loggers, _end)
 
 
-def finish(folder: RunFolder, loggers: Sequence[Logger], items: dict[str, Any]) -> None:
+def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> None:
     """Write `metrics.json`, and tell its numbers to the trackers."""
     folder.write_metrics(items)
     report(loggers, items)
 
 
-def report(loggers: Sequence[Logger], items: dict[str, Any], step: int | None = None) -> None:
+def report(loggers: list[Logger], items: dict[str, Any], step: int | None = None) -> None:
     """Tell trackers those of some items that are numbers."""
     numbers = {key: float(x) for key, x in items.items() if type(x) in (int, float)}
-    for logger in loggers:
-        logger.log_metrics(numbers, step)
+    _tell(loggers, lambda logger: logger.log_metrics(numbers, step))
+
+
+def _tell(loggers: list[Logger], call: Callable[[Logger], None]) -> None:
+    """Call every tracker, and drop those that fail."""
+    for logger in list(loggers):
+        try:
+            call(logger)
+        except Exception as error:  # trackers are of others, and many use a network
+            loggers.remove(logger)
+            name = type(logger).__name__
+            console.print(f"{name} failed and is left out from here on: {error}", highlight=False)
+
+
+def _end(logger: Logger) -> None:
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger) and is_first_process():
+        logger.experiment.finish()
 
 
 def _place(config: Namespace, folder: RunFolder) -> None:

@@ -1,7 +1,6 @@
 """`adapt`: test-time adaptation over a stream of corrupted images, beside the unadapted model."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +24,7 @@ from qat.lightning.commands.common import (
     arguments_of,
     check_coverage,
     console,
+    keep_recipe,
     make_data,
     make_judge,
     make_module,
@@ -42,6 +42,7 @@ from qat.lightning.plots import stream_plot
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
 from qat.lightning.trackers import finish, report, trackers
+from qat.lightning.training import Initialise
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.tta import Adapter, Guard, Method
@@ -145,14 +146,20 @@ def adapt(
     data = make_data(parser, config)
     device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
     settings = StreamSettings(**arguments_of(parser, config, "stream"))
-
-    def check(model: nn.Module) -> None:
-        make_stream(settings, data, model, config.seed_everything)
-        objects.method.parameters(model)
-
-    model = _model(parser, config, data, model_path, check)
-    check_coverage(model, config.require_coverage)
+    model, initialise = _model(parser, config, model_path)
+    data.attach(expected_by(model), num_classes_of(model))
     stream = make_stream(settings, data, model, config.seed_everything)
+    objects.method.parameters(model)  # refuses a model that it cannot adapt
+    check_coverage(model, config.require_coverage)
+    keep_recipe(parser, config, folder)
+    if not model_path.exists():
+        model_path.parent.mkdir(parents=True, exist_ok=True)
+        if initialise is not None:
+            with RunJournal(model_path.parent, console) as journal:
+                initialise(model, data.calibration_batches(), journal)
+            journal.clear()
+        files.save(model, model_path)
+        model = files.load(model_path)
     model.to(device)
     calibration = [images.to(device) for images in data.calibration_batches()]
     adapter = Adapter(
@@ -231,34 +238,19 @@ def stream_identity(config: Namespace) -> str:
 
 
 def _model(
-    parser: LightningArgumentParser,
-    config: Namespace,
-    data: VisionData,
-    path: Path,
-    check: Callable[[nn.Module], None],
-) -> nn.Module:
-    """The model that adapts: the one kept at `path`, of a checkpoint, or made by the recipe.
+    parser: LightningArgumentParser, config: Namespace, path: Path
+) -> tuple[nn.Module, Initialise | None]:
+    """The model that adapts, and how it gets its quantizers' state.
 
-    `check` raises for what cannot work with the model, before minutes go into quantizing it.
+    It is the one kept at `path`, that of a checkpoint, or the recipe's, which alone has yet to be
+    initialised.
     """
-    if not path.exists():
-        if config.ckpt_path in (None, "last"):
-            module = make_module(parser, config)
-            model = module.model
-            data.attach(expected_by(model), num_classes_of(model))
-            check(model)
-            if config.model.plan is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with RunJournal(path.parent, console) as journal:
-                    module.initialise(model, data.calibration_batches(), journal)
-                journal.clear()
-        else:
-            model = files.load(config.ckpt_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(model, path)
-    model = files.load(path)
-    data.attach(expected_by(model), num_classes_of(model))
-    return model
+    if path.exists():
+        return files.load(path), None
+    if config.ckpt_path not in (None, "last"):
+        return files.load(config.ckpt_path), None
+    module = make_module(parser, config)
+    return module.model, module.initialise if config.model.plan is not None else None
 
 
 def _resume(adaptation: Adaptation) -> None:

@@ -30,6 +30,9 @@ from qat.search.patchwise import PatchBits, patchwise
 WIDTH_OF_FILES = 160
 """Columns where the output goes to a file, so that no table loses digits there."""
 
+RECIPE = "config.yaml"
+"""The resolved recipe in a run folder."""
+
 console = Console(
     quiet=not is_first_process(), width=None if sys.stdout.isatty() else WIDTH_OF_FILES
 )
@@ -119,33 +122,40 @@ def prepare(config: Namespace) -> None:
 
 
 def resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> bool:
-    """Whether this run continues one in the folder; keeps the recipe there if it does not.
+    """Whether this run continues one in the folder.
 
     Raises:
         ValueError: If the folder holds a run that is complete, that nobody asked to continue, or
             that had another recipe.
     """
-    path = folder.path / "config.yaml"
-    settings = config.clone()
-    settings.ckpt_path = settings.config = settings.run_dir = None
-    text = parser.dump(settings, skip_validation=True)
+    path = folder.path / RECIPE
     if folder.metrics.exists() or (path.exists() and config.ckpt_path != "last"):
         raise ValueError(
             f"run folder '{folder.path}' already holds a run; continue an incomplete one with "
             "--ckpt_path last, or choose another --run_dir"
         )
     if config.ckpt_path != "last":
-        folder.path.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
         return False
     if not path.exists():
         raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
-    if path.read_text() != text:
+    if path.read_text() != _recipe(parser, config):
         raise ValueError(
             f"the run in '{folder.path}' had another recipe; continue it with the one kept in its "
             "config.yaml, or choose another --run_dir"
         )
     return True
+
+
+def keep_recipe(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
+    """Keep what `resumes` compares; once all is checked, so that a refused run leaves nothing."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / RECIPE).write_text(_recipe(parser, config))
+
+
+def _recipe(parser: LightningArgumentParser, config: Namespace) -> str:
+    settings = config.clone()
+    settings.ckpt_path = settings.config = settings.run_dir = None
+    return parser.dump(settings, skip_validation=True)
 
 
 def make_task(parser: LightningArgumentParser, config: Namespace) -> Task:

@@ -18,6 +18,7 @@ from qat.lightning.commands.common import (
     add_training_arguments,
     check_coverage,
     console,
+    keep_recipe,
     make_data,
     make_judge,
     make_module,
@@ -77,7 +78,7 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
             f"quantize starts from a float model, not from checkpoint '{config.ckpt_path}'; name "
             "its weights as model.model or model.teacher, or continue a run with --ckpt_path last"
         )
-    resume = resumes(parser, config, folder)
+    resume, recipe = resumes(parser, config, folder), config.clone()
     train_judge(parser, config, folder)
     prepare(config)
     task = make_task(parser, config)
@@ -92,7 +93,7 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
     device = judge.strategy.root_device
     model.to(device)
     batches = [move_data_to_device(batch, device) for batch in task.calibration_batches(data)]
-    folder.path.mkdir(parents=True, exist_ok=True)
+    keep_recipe(parser, recipe, folder)
     with trackers(parser, config, folder) as loggers:
         begun = time.monotonic()
         with RunJournal(folder.path, console, resume=resume) as journal:

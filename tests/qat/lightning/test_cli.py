@@ -95,6 +95,14 @@ def test_unknown_option_is_refused_with_the_nearest_one(
     [
         (("--stream.num_images", "few"), r"\"stream\.num_images\": Expected a .*int.*: few$"),
         (("--guard", "qat.tta.Gard"), r"^error: guard: .*'Gard'; did you mean 'Guard'\?$"),
+        (("--guard", "Gard"), r"^error: guard: nothing is called 'Gard'; did you mean 'Guard'\?$"),
+        (("--trainer.logger", "WandbLoger"), r"trainer\.logger: .*did you mean 'WandbLogger'\?$"),
+        (
+            ("--trainer.logger", "pytorch_lightning.loggers.WandbLoger"),
+            r"trainer\.logger: 'pytorch_lightning\.loggers' has no 'WandbLoger'; did you mean",
+        ),
+        (("--trainer.callbacks+=EarlyStoping",), "did you mean 'EarlyStopping'\\?$"),
+        (("--stream.protocol", "Continul"), "is called 'Continul'; give its path, such as module"),
         (("--guard.weight", "-1"), r"^error: a guard needs a weight of at least 0.*got -1"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

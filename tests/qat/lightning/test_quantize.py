@@ -157,6 +157,7 @@ def test_init_names_the_initialiser_of_a_fit(teacher: Path, tmp_path: Path) -> N
         (("--data.calibrate_on", "val", "--data.num_calibration", 360), "leaves none of the 360"),
         (("--data.num_augmented", 4, "--data.augment", "null"), "num_augmented needs data.augment"),
         (("--init", "ptq_init.repq_vit.RepQVit"), "RepQVit"),
+        (("--require_coverage", 1.01), "below the required 1.01"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value[:2])),
 )
@@ -170,7 +171,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     assert runs.run("quantize", "--config", repq, "--run_dir", tmp_path / "run", *words) != 0
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and re.search(message, line)
-    assert not (tmp_path / "run" / "model.ckpt").exists()
+    assert not (tmp_path / "run").exists(), "the corrected command would be refused"
 
 
 def test_run_of_another_recipe_is_not_continued(

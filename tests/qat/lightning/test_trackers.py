@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pytorch_lightning.loggers import CSVLogger
 
 from tests import test_end_to_end as runs
 
@@ -36,8 +37,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _run(command: str, teacher: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """What a command writes down, and what it tells a tracker."""
+def _recipe(command: str, teacher: Path, folder: Path) -> Path:
+    """A recipe of a short run, with a tracker that writes into the folder."""
     recipe = {"base": str(runs.ROOT / "configs/digits_teacher.yaml"), **COMMANDS[command]}
     recipe["model"] = {**recipe.get("model", {}), "model": None, "teacher": str(teacher)}
     if "plan" in recipe["model"]:
@@ -47,6 +48,12 @@ def _run(command: str, teacher: Path, folder: Path) -> tuple[dict[str, Any], lis
     recipe["trainer"]["enable_progress_bar"] = False
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def _run(command: str, teacher: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """What a command writes down, and what it tells a tracker."""
+    path = _recipe(command, teacher, folder)
     assert runs.run(command, "--config", path, "--run_dir", folder, "--num_threads", 1) == 0
     (told,) = (folder / "lightning_logs").rglob("metrics.csv")
     with open(told, newline="") as file:
@@ -79,3 +86,26 @@ def test_adapt_tells_its_tracker_a_point_a_batch_and_an_error_a_corruption(
     errors = {row["corruption"]: row["error"] for row in written["table"]}
     last = next(row for row in told if row["error/contrast"])
     assert {name: float(last[f"error/{name}"]) for name in errors} == errors
+
+
+@pytest.mark.parametrize("method", ["log_metrics", "finalize"])
+def test_tracker_that_fails_is_left_out_and_the_stream_goes_on(
+    method: str,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = []
+
+    def fail(self: CSVLogger, *words: Any, **named: Any) -> None:
+        calls.append(words)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(CSVLogger, method, fail)
+    recipe = _recipe("adapt", teacher, tmp_path / "run")
+    assert runs.run("adapt", "--config", recipe, "--run_dir", tmp_path / "run") == 0
+    assert len(calls) == 1
+    assert runs.metrics(tmp_path / "run")["n_images"] == 40
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("CSVLogger failed and is left out from here on: no route to host") == 1
