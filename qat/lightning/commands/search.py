@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
-from torch import nn
+from torch import Tensor, nn
 
 from qat.lightning.commands.common import (
     add_run_arguments,
@@ -40,7 +40,7 @@ from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier
 from qat.search.cost import cost
 from qat.search.latency import LatencyTable
 from qat.search.metrics import TokenFisher
-from qat.search.probe import probing
+from qat.search.probe import Widths, probing
 from qat.search.sensitivity import Metric, Table, monotone
 
 HELP = "choose the bits of every component under a budget; writes a plan for fit and quantize"
@@ -133,20 +133,12 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
         with RunJournal(folder.path, console) as journal:
             begun = time.monotonic()
             module.initialise(model, batches, journal)
-            images = torch.cat(batches)
             measured = time.monotonic()
-            grids = images[: settings.num_grid_images]
-            with probing(model, grids, widths, settings.observer) as probes:
-                omega = monotone(settings.metric(model, probes, images, labels))
+            omega = _sensitivities(settings, model, widths, torch.cat(batches), labels)
             solved = time.monotonic()
             task = pmq.problem(costs, omega, space, settings.measure, price)
             front = frontier(task.components)
-            if budget is None:
-                picks = tuple(int(pick) for pick in front.picks[front.knee()])
-            else:
-                picks = settings.allocate(
-                    task.components, budget - task.constant, config.seed_everything
-                )
+            picks = _picks(settings, task, front, budget, config.seed_everything)
             done = time.monotonic()
         chosen = pmq.chosen_bits(task.components, picks, omega)
         plan = pmq.plan_of(
@@ -171,7 +163,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             "budget": budget,
             "cost": spent + task.constant,
             "loss": loss,
-            "n_calibration": len(images),
+            "n_calibration": sum(map(len, batches)),
             "n_frontier": len(front.costs),
             **model_items(found),
         }
@@ -187,6 +179,28 @@ def _budget(
     if settings.like is None:
         return settings.budget
     return pmq.cost_under(settings.measure, price, _converted(parser, config, Path(settings.like)))
+
+
+def _sensitivities(
+    settings: Search,
+    model: nn.Module,
+    widths: Widths,
+    images: Tensor,
+    labels: Tensor | None,
+) -> Table:
+    """What every slot loses at each of its widths; no more at more bits."""
+    grids = images[: settings.num_grid_images]
+    with probing(model, grids, widths, settings.observer) as probes:
+        return monotone(settings.metric(model, probes, images, labels))
+
+
+def _picks(
+    settings: Search, task: pmq.Problem, front: Frontier, budget: float | None, seed: int
+) -> tuple[int, ...]:
+    """The choice of each component: within the budget, or at the knee where there is none."""
+    if budget is None:
+        return tuple(int(pick) for pick in front.picks[front.knee()])
+    return settings.allocate(task.components, budget - task.constant, seed)
 
 
 def _converted(parser: LightningArgumentParser, config: Namespace, plan: Path) -> nn.Module:
