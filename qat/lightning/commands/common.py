@@ -147,7 +147,10 @@ def resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
 
 
 def keep_recipe(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
-    """Keep what `resumes` compares; once all is checked, so that a refused run leaves nothing."""
+    """Keep the resolved recipe in the run folder.
+
+    To be called once all is checked, so that a refused run leaves no folder behind.
+    """
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder.path / RECIPE).write_text(_recipe(parser, config))
 

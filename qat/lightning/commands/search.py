@@ -18,6 +18,7 @@ from qat.lightning.commands.common import (
     arguments_of,
     check_coverage,
     console,
+    keep_recipe,
     make_data,
     make_judge,
     make_module,
@@ -128,7 +129,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     model.to(device)
     batches = [images.to(device) for images in data.calibration_batches()]
     labels = data.calibration_labels() if settings.labels else None
-    folder.path.mkdir(parents=True, exist_ok=True)
+    keep_recipe(parser, config, folder)
     with trackers(parser, config, folder) as loggers:
         with RunJournal(folder.path, console) as journal:
             begun = time.monotonic()

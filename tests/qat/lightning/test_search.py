@@ -54,7 +54,7 @@ def searched(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_search_leaves_plan_frontier_plots_and_metrics(searched: Path) -> None:
     names = {path.name for path in searched.iterdir()}
-    assert {"plan.yaml", "frontier.csv", "sensitivity.csv", "metrics.json"} <= names
+    assert {"config.yaml", "plan.yaml", "frontier.csv", "sensitivity.csv", "metrics.json"} <= names
     for name in ("sensitivity.png", "frontier.png"):
         assert (searched / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     found = runs.metrics(searched)
