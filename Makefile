@@ -20,7 +20,7 @@ contracts:
 	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-logo'])"
 
 test:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
 
 slow:  ## minutes; before a release
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
