@@ -63,7 +63,7 @@ def run_grid(
             if not chosen.metrics.exists():
                 console.rule(" ".join([*names.values(), f"seed {seed}"]))
                 overlaid = overlay(parser, config, paths, seed)
-                if (chosen.path / "config.yaml").exists():
+                if chosen.recipe.exists():
                     overlaid.ckpt_path = "last"
                 run_one(overlaid, chosen)
             rows.append({**names, **chosen.read_metrics(), **names})

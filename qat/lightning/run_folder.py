@@ -29,6 +29,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.recipe = self.path / "config.yaml"
         self.metrics = self.path / "metrics.json"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"

@@ -30,9 +30,6 @@ from qat.search.patchwise import PatchBits, patchwise
 WIDTH_OF_FILES = 160
 """Columns where the output goes to a file, so that no table loses digits there."""
 
-RECIPE = "config.yaml"
-"""The resolved recipe in a run folder."""
-
 console = Console(
     quiet=not is_first_process(), width=None if sys.stdout.isatty() else WIDTH_OF_FILES
 )
@@ -128,17 +125,16 @@ def resumes(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
         ValueError: If the folder holds a run that is complete, that nobody asked to continue, or
             that had another recipe.
     """
-    path = folder.path / RECIPE
-    if folder.metrics.exists() or (path.exists() and config.ckpt_path != "last"):
+    if folder.metrics.exists() or (folder.recipe.exists() and config.ckpt_path != "last"):
         raise ValueError(
             f"run folder '{folder.path}' already holds a run; continue an incomplete one with "
             "--ckpt_path last, or choose another --run_dir"
         )
     if config.ckpt_path != "last":
         return False
-    if not path.exists():
+    if not folder.recipe.exists():
         raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
-    if path.read_text() != _recipe(parser, config):
+    if folder.recipe.read_text() != _recipe(parser, config):
         raise ValueError(
             f"the run in '{folder.path}' had another recipe; continue it with the one kept in its "
             "config.yaml, or choose another --run_dir"
@@ -152,7 +148,7 @@ def keep_recipe(parser: LightningArgumentParser, config: Namespace, folder: RunF
     To be called once all is checked, so that a refused run leaves no folder behind.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / RECIPE).write_text(_recipe(parser, config))
+    folder.recipe.write_text(_recipe(parser, config))
 
 
 def _recipe(parser: LightningArgumentParser, config: Namespace) -> str:

@@ -68,7 +68,7 @@ def train(parser: LightningArgumentParser, config: Namespace, folder: RunFolder)
         teacher = _train_first(parser, config, folder, "teacher", config.teacher_config)
         config.model.teacher = str(teacher)
     if resume is None and is_first_process():
-        parser.save(config, str(folder.path / "config.yaml"), overwrite=True, skip_validation=True)
+        parser.save(config, str(folder.recipe), overwrite=True, skip_validation=True)
     train_judge(parser, config, folder)
     prepare(config)
     task = make_task(parser, config)
