@@ -48,6 +48,13 @@ def overlay(
     return parser.parse_object(load_recipe(*paths), overlaid)
 
 
+def continuing(config: Namespace, folder: RunFolder) -> Namespace:
+    """The configuration, which continues the run of the folder where there is one."""
+    if folder.recipe.exists():
+        config.ckpt_path = "last"
+    return config
+
+
 def run_grid(
     parser: LightningArgumentParser, config: Namespace, folder: RunFolder, run_one: RunOne
 ) -> Iterator[list[dict[str, Any]]]:
@@ -62,10 +69,7 @@ def run_grid(
             chosen = RunFolder(folder.path / "-".join([*names.values(), str(seed)]))
             if not chosen.metrics.exists():
                 console.rule(" ".join([*names.values(), f"seed {seed}"]))
-                overlaid = overlay(parser, config, paths, seed)
-                if chosen.recipe.exists():
-                    overlaid.ckpt_path = "last"
-                run_one(overlaid, chosen)
+                run_one(overlay(parser, config, paths, seed), chosen)
             rows.append({**names, **chosen.read_metrics(), **names})
             yield rows
 

@@ -95,5 +95,6 @@ class RunFolder:
         """Identity of this run at an experiment tracker, so that a resumed run continues it."""
         path = self.path / "tracker_id"
         if not path.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
             path.write_text(os.urandom(4).hex())
         return path.read_text()

@@ -37,7 +37,7 @@ from qat.lightning.commands.common import (
     trainer_arguments,
 )
 from qat.lightning.data import VisionData
-from qat.lightning.grid import add_grid_arguments, grid_table, run_grid
+from qat.lightning.grid import add_grid_arguments, continuing, grid_table, run_grid
 from qat.lightning.plots import stream_plot
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
@@ -119,7 +119,7 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     """Adapt once, or once for each choice of the grid, and print a table."""
     folder = RunFolder.named(config.run_dir, recipe_name(config))
     if config.grid is None:
-        adapt(parser, config, folder, folder.path / "model.ckpt")
+        adapt(parser, config, folder)
         items = folder.read_metrics()
         console.print(corruption_table(items))
         show(items, ROWS, "Adaptation")
@@ -129,7 +129,10 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
 
 
 def adapt(
-    parser: LightningArgumentParser, config: Namespace, folder: RunFolder, model_path: Path
+    parser: LightningArgumentParser,
+    config: Namespace,
+    folder: RunFolder,
+    shared: Path | None = None,
 ) -> None:
     """Adapt one model over one stream, into a run folder.
 
@@ -137,7 +140,7 @@ def adapt(
         parser: The parser of the command.
         config: The configuration.
         folder: The run folder.
-        model_path: Where the model that adapts is kept; one that is there is used.
+        shared: Where several runs keep the model that adapts; None keeps it in the run folder.
     """
     started = time.monotonic()
     objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
@@ -146,40 +149,35 @@ def adapt(
     data = make_data(parser, config)
     device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
     settings = StreamSettings(**arguments_of(parser, config, "stream"))
-    model, initialise = _model(parser, config, model_path)
+    path = shared or folder.path / "model.ckpt"
+    kept = path.exists() and (resumed or shared is not None)
+    model, initialise = (files.load(path), None) if kept else _model(parser, config)
     data.attach(expected_by(model), num_classes_of(model))
     stream = make_stream(settings, data, model, config.seed_everything)
     objects.method.parameters(model)  # refuses a model that it cannot adapt
     check_coverage(model, config.require_coverage)
-    keep_recipe(parser, config, folder)
-    if not model_path.exists():
-        model_path.parent.mkdir(parents=True, exist_ok=True)
+    with trackers(parser, config, folder) as loggers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if initialise is None and not kept:
+            files.save(model, path)  # before the recipe, which does not name a checkpoint
+        keep_recipe(parser, config, folder)
         if initialise is not None:
-            with RunJournal(model_path.parent, console) as journal:
+            with RunJournal(path.parent, console) as journal:
                 initialise(model, data.calibration_batches(), journal)
             journal.clear()
-        files.save(model, model_path)
-        model = files.load(model_path)
-    model.to(device)
-    calibration = [images.to(device) for images in data.calibration_batches()]
-    adapter = Adapter(
-        model, objects.method, calibration, guard=objects.guard, seed=config.seed_everything
-    )
-    identity = {
-        "model": files.digest(model.state_dict()),
-        "method": describe(objects.method),
-        "guard": describe(objects.guard),
-        "stream": stream_identity(config),
-        "number of batches": len(stream),
-    }
-    store = Store(folder.path, identity)
-    adaptation = Adaptation(adapter, stream, store, folder.path / "stream.csv", settings.save_every)
-    if resumed:
-        _resume(adaptation)
-    with trackers(parser, config, folder) as loggers:
+            files.save(model, path)
+        model = files.load(path).to(device)
+        calibration = [images.to(device) for images in data.calibration_batches()]
+        seed = config.seed_everything
+        adapter = Adapter(model, objects.method, calibration, guard=objects.guard, seed=seed)
+        store = Store(folder.path, _identity(config, adapter, model, stream))
+        table = folder.path / "stream.csv"
+        adaptation = Adaptation(adapter, stream, store, table, settings.save_every)
+        if resumed:
+            _resume(adaptation)
         with Progress(console=console, transient=True) as progress:
-            done = adapter.counts.position
-            task = progress.add_task("adapting", total=len(stream), completed=done)
+            done, total = adapter.counts.position, len(stream)
+            task = progress.add_task("adapting", total=total, completed=done)
 
             def after(row: dict[str, Any]) -> None:
                 progress.advance(task)
@@ -187,7 +185,7 @@ def adapt(
                 report(loggers, curves, row["position"])
 
             adaptation.run(after, settings.num_workers)
-        stream_plot(folder.path / "stream.csv", folder.path / "stream.png")
+        stream_plot(table, folder.path / "stream.png")
         items = {
             **run_items("adapt", config, started, device),
             "resumed": resumed,
@@ -205,9 +203,10 @@ def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolde
     started = time.monotonic()
 
     def run_one(overlaid: Namespace, chosen: RunFolder) -> None:
-        parts = [overlaid.model, overlaid.data, overlaid.init, overlaid.seed_everything]
-        name = sha256(str(parts).encode()).hexdigest()[:12]
-        adapt(parser, overlaid, chosen, folder.path / "models" / f"{name}.ckpt")
+        keys = ("model", "data", "init", "seed_everything", "ckpt_path")
+        name = sha256(str([overlaid[key] for key in keys]).encode()).hexdigest()[:12]
+        shared = folder.path / "models" / f"{name}.ckpt"
+        adapt(parser, continuing(overlaid, chosen), chosen, shared)
 
     rows: list[dict[str, Any]] = []
     for rows in run_grid(parser, config, folder, run_one):
@@ -231,22 +230,27 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
     )
 
 
-def stream_identity(config: Namespace) -> str:
-    """The settings of the stream and of its images, as text."""
+def _identity(
+    config: Namespace, adapter: Adapter, model: nn.Module, stream: Stream
+) -> dict[str, Any]:
+    """What must be the same for a saved state to be continued."""
     settings = Namespace({"stream": config.stream, "seed": config.seed_everything})
-    return str(settings.as_dict())
+    return {
+        "model": files.digest(model.state_dict()),
+        "method": describe(adapter.method),
+        "guard": describe(adapter.guard),
+        "stream": str(settings.as_dict()),
+        "number of batches": len(stream),
+    }
 
 
 def _model(
-    parser: LightningArgumentParser, config: Namespace, path: Path
+    parser: LightningArgumentParser, config: Namespace
 ) -> tuple[nn.Module, Initialise | None]:
     """The model that adapts, and how it gets its quantizers' state.
 
-    It is the one kept at `path`, that of a checkpoint, or the recipe's, which alone has yet to be
-    initialised.
+    It is that of a checkpoint, or the recipe's, which alone has yet to be initialised.
     """
-    if path.exists():
-        return files.load(path), None
     if config.ckpt_path not in (None, "last"):
         return files.load(config.ckpt_path), None
     module = make_module(parser, config)

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -33,7 +32,7 @@ from qat.lightning.commands.common import (
     trainer_arguments,
 )
 from qat.lightning.commands.fit import train_judge
-from qat.lightning.grid import add_grid_arguments, grid_table, run_grid
+from qat.lightning.grid import add_grid_arguments, continuing, grid_table, run_grid
 from qat.lightning.progress import RunJournal
 from qat.lightning.run_folder import RunFolder
 from qat.lightning.tasks import Task
@@ -93,8 +92,8 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
     device = judge.strategy.root_device
     model.to(device)
     batches = [move_data_to_device(batch, device) for batch in task.calibration_batches(data)]
-    keep_recipe(parser, recipe, folder)
     with trackers(parser, config, folder) as loggers:
+        keep_recipe(parser, recipe, folder)
         begun = time.monotonic()
         with RunJournal(folder.path, console, resume=resume) as journal:
             module.initialise(model, batches, journal)
@@ -121,10 +120,14 @@ def quantize(parser: LightningArgumentParser, config: Namespace, folder: RunFold
 def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
     """Run every choice of the grid, each into a folder of its own; those that are done stay."""
     started = time.monotonic()
+
+    def run_one(overlaid: Namespace, chosen: RunFolder) -> None:
+        quantize(parser, continuing(overlaid, chosen), chosen)
+
     rows: list[dict[str, Any]] = []
     train_judge(parser, config, folder)
     task = make_task(parser, config)
-    for rows in run_grid(parser, config, folder, partial(quantize, parser)):
+    for rows in run_grid(parser, config, folder, run_one):
         console.print(comparison_table(rows, list(config.grid), task))
     shared = ("device", "torch_version", task.headline, "n_images")
     first = {key: rows[0][key] for key in shared if key in rows[0]}

@@ -129,8 +129,8 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
     model.to(device)
     batches = [images.to(device) for images in data.calibration_batches()]
     labels = data.calibration_labels() if settings.labels else None
-    keep_recipe(parser, config, folder)
     with trackers(parser, config, folder) as loggers:
+        keep_recipe(parser, config, folder)
         with RunJournal(folder.path, console) as journal:
             begun = time.monotonic()
             module.initialise(model, batches, journal)

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from qat import checkpoint as files
 from qat.data.corrupted import Generated
 from qat.data.protocols import Continual, ResetEachShift
 from qat.data.reading import Unreadable
 from qat.data.sources import Source, digits
 from qat.data.streams import Stream
 from qat.lightning.adaptation import Adaptation
+from qat.lightning.commands import adapt
 from qat.tta import Adapter, Guard
 from qat.tta.store import Store
 from tests import test_end_to_end as runs
@@ -129,6 +131,42 @@ def test_quantized_checkpoint_is_adapted_as_it_is(recipe: Path, tmp_path: Path) 
     assert second["table"] == first["table"]
 
 
+def test_run_on_a_checkpoint_stopped_at_its_start_continues_on_that_checkpoint(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _adapt(recipe, tmp_path / "first")
+
+    def stop(*words: object) -> None:
+        exact(*words)
+        raise KeyboardInterrupt
+
+    exact = adapt.keep_recipe
+    other = (*QUIET, "--model.plan", "configs/plans/all_w8a8.yaml")  # the checkpoint has W4A4
+    words = ("adapt", "--config", recipe, "--run_dir", tmp_path / "run", *other)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt, "keep_recipe", stop)
+        assert runs.run(*words, "--ckpt_path", tmp_path / "first" / "model.ckpt") == 130
+    assert runs.run(*words, "--ckpt_path", "last") == 0
+    assert runs.metrics(tmp_path / "run")["table"] == first["table"]
+
+
+def test_grid_compares_checkpoints_and_continues_on_each(
+    recipe: Path, teacher: Path, tmp_path: Path
+) -> None:
+    files.save(shared(4), tmp_path / "w4a4.ckpt")
+    parts = []
+    for name, path in (("float", teacher), ("quantized", tmp_path / "w4a4.ckpt")):
+        parts.append(tmp_path / f"{name}.yaml")
+        parts[-1].write_text(yaml.safe_dump({"ckpt_path": str(path)}))
+    grid = yaml.safe_dump({"model": [str(path) for path in parts]}, default_flow_style=True)
+    words = ("--grid", grid, "--method", "qat.tta.Source")
+    for _ in range(2):
+        found = _adapt(recipe, tmp_path / "run", *words)
+        assert [row["coverage_macs"] > 0 for row in found["table"]] == [False, True]
+        for folder in ("quantized-0", "."):  # the second time, as if killed before its first save
+            (tmp_path / "run" / folder / "metrics.json").unlink()
+
+
 def test_protocol_that_resets_starts_the_method_anew(tmp_path: Path) -> None:
     images = Generated(digits("test"), "cifar")
     starts = []
@@ -171,6 +209,7 @@ def test_grid_quantizes_once_and_compares(
         (("--method", "qat.tta.FOA", "--method.population", 2), "population must be at least 4"),
         (("--guard.probation", 0), "a guard needs"),
         (("--require_coverage", 1.01), "below the required 1.01"),
+        (("--trainer.logger", "CometLogger"), "comet-ml"),  # a package that is not installed
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
