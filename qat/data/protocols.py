@@ -140,7 +140,16 @@ class Correlated:
             raise ValueError(f"delta must be positive, or null to sort by label; got {self.delta}")
 
     def schedule(self, labels: np.ndarray, batch_size: int, seed: int) -> Schedule:
-        """A segment for each corruption, another order of labels in each."""
+        """A segment for each corruption, another order of labels in each.
+
+        Raises:
+            ValueError: If labels are drawn apart, and no two images have the same.
+        """
+        if self.delta is not None and 1 < len(labels) == len(np.unique(labels)):
+            raise ValueError(
+                f"no two of the {len(labels)} images share a class, so none come in runs; take "
+                "more images, or another protocol"
+            )
         domains = _domains(self.corruptions, self.severity)
         segments = []
         for number in range(len(domains)):

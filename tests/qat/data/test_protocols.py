@@ -135,6 +135,7 @@ def test_smaller_delta_correlates_labels_more_and_none_sorts_them() -> None:
     ("protocol", "message"),
     [
         (lambda: Correlated(0.0), "delta must be positive, or null to sort by label; got 0.0"),
+        (lambda: Correlated().schedule(np.arange(30), 10, 0), "no two of the 30 images share"),
         (lambda: Recurring(0), "laps must be at least 1, got 0"),
         (lambda: laid_out(Continual(())), "at least one corruption"),
         (lambda: laid_out(Continual(PAIR), batch_size=0), "batch_size must be at least 1, got 0"),
