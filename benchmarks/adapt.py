@@ -3,29 +3,31 @@
     python benchmarks/adapt.py W4A4=runs/w4a4/model.ckpt --parts tent ttaq_tent \
         --num_images 100 --seeds 0 1 2 --out runs/tta.jsonl
 
-The model left alone answers the stream once; every method is compared with that. A seed draws the
-images, their order, and what corruptions and methods draw. Costs are in processor time of one
-thread, the forward pass that only the comparison needs not counted. A guarded method after the
-same without a guard is not run again unless the guard finds a collapse: the answers are those of
-the first run, judged, and no cost is given. `--out` gets a line of JSON for each model, seed and
-method, which `benchmarks/adapt_report.py` lays out.
+Every method, and the model left alone, answers a batch before the next is made, so that a stream of
+any length fits in memory. A seed draws the images, their order, and what corruptions and methods
+draw. Costs are in processor time of one thread, the forward pass that only the comparison needs not
+counted. A guarded method after the same without a guard takes the answers of that, judged, and has
+no cost, until its guard finds a collapse. `--out` gets a line of JSON for each model, seed and
+method when the stream has ended; `benchmarks/adapt_report.py` lays them out.
 """
 
 import argparse
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
-from bench import RECIPE, Bench, guarded
+from bench import RECIPE, Bench
 from torch import Tensor
 
+from qat.data.streams import StreamBatch
 from qat.footprint import Footprint
 from qat.lightning.adaptation import memory_items
 from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.tta import Adapter, Source
-from qat.tta.adapter import Counts
+from qat.tta.parts import part, with_part
 
 LINE = (
     "{model:6s} {seed} {part:18s} source {error_source_mean:.4f} error {error_mean:.4f} "
@@ -53,59 +55,82 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def answered(adapter: Adapter, bench: Bench, end: int | None = None) -> tuple[list[Tensor], int]:
-    """Logits of every batch before `end`, and the most bytes that the first ones needed."""
-    answers, footprint = [], Footprint()
-    for batch in bench.batches[:end]:
-        if batch.position in bench.stream.restarts:
-            adapter.reset()
-        with footprint if batch.position < WEIGHED else nullcontext():
-            answers.append(adapter.adapt(batch.images).logits)
-    return answers, footprint.peak
+class Entrant:
+    """One method before the stream.
+
+    Args:
+        adapter: The method at work.
+        bare: The same method without a guard; its answers serve until the guard finds a collapse.
+    """
+
+    def __init__(self, adapter: Adapter, bare: "Entrant | None" = None) -> None:
+        self.adapter, self.bare = adapter, bare
+        self.logits = torch.empty(0)
+        self.seconds, self.peak, self.runs = 0.0, 0, bare is None
+
+    def answer(self, batch: StreamBatch, source: Tensor) -> None:
+        """Answer a batch; `source` is the answer of the model left alone."""
+        weigh, footprint = batch.position < WEIGHED, Footprint()
+        if self.runs or weigh:
+            started = time.process_time()
+            with footprint if weigh else nullcontext():
+                self.logits = self.adapter.adapt(batch.images).logits
+            self.seconds += time.process_time() - started
+            self.peak = max(self.peak, footprint.peak)
+            self.runs |= self.adapter.counts.reset > 0
+        else:
+            self.follow(source)
+
+    def follow(self, source: Tensor) -> None:
+        """Take the answers and the state of the method without a guard; a collapse ends that."""
+        adapter, bare = self.adapter, self.bare
+        assert bare is not None and adapter.guard is not None
+        verdict = adapter.guard.judge(part(adapter.state, "guard"), source, bare.logits)
+        self.logits, self.runs = verdict.logits, bool(verdict.collapse)
+        counts = asdict(bare.adapter.counts)
+        counts["reset"] += self.runs
+        state = adapter.initial if self.runs else bare.adapter.state
+        state = with_part(state, "guard", verdict.state)
+        adapter.load_state_dict({"state": state, "counts": counts})
+
+
+def entrants(bench: Bench, parts: list[str]) -> dict[str, Entrant]:
+    """The methods, by the names of their parts."""
+    found: dict[str, Entrant] = {}
+    for name in parts:
+        bare = name.removesuffix("+guarded")
+        found[name] = Entrant(bench.adapter(name), found.get(bare) if bare != name else None)
+    return found
 
 
 def compare(name: str, path: str, given: argparse.Namespace, seed: int) -> None:
     """Every method over the stream of one seed."""
     sizes = {"num_images": given.num_images, "batch_size": given.batch_size}
     bench = Bench(path, given.recipe, given.stream, seed, **sizes)
-    batches, num_classes = bench.batches, num_classes_of(bench.model)
-    source = Adapter(bench.model, Source())
-    source.adapt(batches[0].images)  # not timed: first calls are slow
-    started = time.process_time()
-    reference, peak_source = answered(source, bench)
-    seconds = time.process_time() - started
-    runs: dict[str, tuple[list[Tensor], Counts]] = {}
-    for part in given.parts:
-        adapter = bench.adapter(part)
-        ratio = None
-        answers, counts = runs.get(part.removesuffix("+guarded"), ([], Counts()))
-        if answers and adapter.guard is not None:
-            answers, num_collapses = guarded(
-                adapter.guard, reference, answers, bench.stream.restarts
-            )
-            answers = [] if num_collapses else answers
-        if answers:
-            peak = answered(adapter, bench, WEIGHED)[1]
-        else:
-            started = time.process_time()
-            answers, peak = answered(adapter, bench)
-            ratio = round((time.process_time() - started) / seconds, 3)
-            counts = adapter.counts
-        runs[part] = (answers, counts)
-        scores = Scores(bench.stream.domains, num_classes)
-        for batch, logits, exact in zip(batches, answers, reference, strict=True):
-            scores.add(logits, exact, batch.labels, batch.domains)
+    alone, methods = Entrant(Adapter(bench.model, Source())), entrants(bench, given.parts)
+    scores = {words: Scores(bench.stream.domains, num_classes_of(bench.model)) for words in methods}
+    alone.adapter.source(bench.stream[0].images)  # not timed: first calls are slow
+    for batch in bench.stream.batches():
+        alone.answer(batch, alone.logits)
+        for words, entrant in methods.items():
+            if batch.position in bench.stream.restarts:
+                entrant.adapter.reset()
+            entrant.answer(batch, alone.logits)
+            scores[words].add(entrant.logits, alone.logits, batch.labels, batch.domains)
+    for words, entrant in methods.items():
+        counts = entrant.adapter.counts
+        ratio = round(entrant.seconds / alone.seconds, 3) if entrant.bare is None else None
         row = {
             "model": name,
             "stream": "+".join(given.stream) or "continual",
             "seed": seed,
-            "part": part,
+            "part": words,
             **sizes,
-            **scores.summary(),
+            **scores[words].summary(),
             "seconds_ratio": ratio,
-            "images_per_second": counts.images / seconds,
+            "images_per_second": counts.images / alone.seconds,
             "n_backward": counts.backward,
-            **memory_items(adapter, peak, peak_source),
+            **memory_items(entrant.adapter, entrant.peak, alone.peak),
             "n_reset": counts.reset,
             "n_rolled_back": counts.rolled_back,
         }

@@ -1,11 +1,8 @@
 """A model, a stream and methods as `train.py adapt` makes them, for benchmarks of adaptation."""
 
-from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
-
-from torch import Tensor
 
 import qat
 from qat.data.streams import StreamBatch
@@ -14,7 +11,7 @@ from qat.lightning.commands.adapt import StreamSettings, make_stream
 from qat.lightning.commands.common import arguments_of, make_data
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
-from qat.tta import Adapter, Guard
+from qat.tta import Adapter
 
 RECIPE = "configs/tta/cifar10_vit_tiny.yaml"
 PARTS = "configs/tta/parts"
@@ -60,21 +57,3 @@ class Bench:
 def configs(parts: list[str]) -> list[str]:
     """Arguments that name the files of parts."""
     return [word for part in parts for word in ("--config", f"{PARTS}/{part}.yaml")]
-
-
-def guarded(
-    guard: Guard, source: list[Tensor], adapted: list[Tensor], restarts: Collection[int] = ()
-) -> tuple[list[Tensor], int]:
-    """What a guard makes of the answers of a run without one, and how many collapses it finds.
-
-    While it finds none it leaves the method alone, so these are the answers of a guarded run.
-    """
-    answers, num_collapses, state = [], 0, guard.start(source[0].shape[1])
-    for position, (first, second) in enumerate(zip(source, adapted, strict=True)):
-        if position in restarts:
-            state = guard.start(first.shape[1])
-        verdict = guard.judge(state, first, second)
-        state = verdict.state
-        num_collapses += bool(verdict.collapse)
-        answers.append(verdict.logits)
-    return answers, num_collapses

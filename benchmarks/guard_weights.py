@@ -11,7 +11,7 @@ cannot show: `collapses` above 0 makes its line worthless.
 import argparse
 
 import torch
-from bench import RECIPE, Bench, guarded
+from bench import RECIPE, Bench
 from torch import Tensor
 
 from qat.tta import Guard
@@ -30,6 +30,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
     return parser.parse_args()
+
+
+def guarded(guard: Guard, source: list[Tensor], adapted: list[Tensor]) -> tuple[list[Tensor], int]:
+    """What a guard makes of the answers of a run without one, and how many collapses it finds."""
+    answers, num_collapses, state = [], 0, guard.start(source[0].shape[1])
+    for first, second in zip(source, adapted, strict=True):
+        verdict = guard.judge(state, first, second)
+        state = verdict.state
+        num_collapses += bool(verdict.collapse)
+        answers.append(verdict.logits)
+    return answers, num_collapses
 
 
 def report(row: str, answers: Tensor, source: Tensor, labels: Tensor, domains: list[str]) -> None:
