@@ -76,10 +76,10 @@ def stream_plot(table: Path, picture: Path) -> None:
         for start in starts:
             axes.axvline(start, color="0.85", zorder=0)
             axes.text(start, 1.01, rows[start]["domain"][:18], rotation=40, fontsize=6)
-    for row in rows:
-        if row["outcome"] == "reset":
-            axes.axvline(int(row["position"]), color="red", linestyle=":", linewidth=1)
-    axes.legend(loc="lower right")
+    resets = [int(row["position"]) for row in rows if row["outcome"] == "reset"]
+    if resets:
+        axes.vlines(resets, 0, 1, color="red", linestyle=":", linewidth=1, label="reset")
+    figure.legend(loc="outside lower right", ncols=3)
     _save(figure, picture)
 
 
