@@ -4,21 +4,25 @@ The original answers every batch too, at the cost of one more forward pass. That
 without labels: a stream sorted by class makes both models predict one class, a collapse only the
 adapted one. Running means over about `window` images:
 
-    contradiction   share of answers that differ, less the original's own doubt, 1 - max p; above
-                    `margin` the adapted model contradicts what the original is sure of
-    diversity       H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes;
-                    above `diversity` the adapted model has stopped to tell classes apart
+    c        share of answers that differ, less the original's own doubt, 1 - max p: the adapted
+             model contradicts what the original is sure of
+    d        H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes: it has
+             stopped to tell classes apart
+    danger   max(c, 0) / margin + max(d / diversity, -1)
 
-Either is a collapse: the method starts anew, the batch gets the original's answer, and adaptation
-pauses, `pause` batches after the first collapse, four times as many after each further one. Else
-
-    health   1 where neither is above zero, falling to 0 at the limit of the one nearest to its own
+    health   1 - danger, between 0 and 1
     trust    running mean of the health over about `probation` images, from 0
     answer   (z_source + v (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + v),
              v = w min(health, trust)
 
 a mean of both at equal scale, because adaptation by entropy inflates logits. Trust is slow to win
-and quick to lose: a method that breaks early was hardly heard.
+and quick to lose: a method that breaks early was hardly heard, and above a danger of 1 it is not.
+Above 2 it has collapsed: the method starts anew, the batch gets the original's answer, and
+adaptation pauses, `pause` batches after the first collapse, four times as many after each further.
+
+A shift can make the original sure of a few wrong classes. To contradict that is no fault and makes
+answers more diverse, which therefore excuses one margin of contradiction, but no more. Nor is a
+method that fails under one shift lost to the next, so between 1 and 2 it goes on, unheard.
 
 Not from a paper. The figures behind the settings are in docs/log.md.
 """
@@ -31,6 +35,9 @@ from torch import Tensor
 
 from qat.tta.answer import State
 from qat.tta.ops import entropy_of, moved
+
+COLLAPSE = 2.0
+"""Danger above which the adapted model has collapsed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +63,9 @@ class Guard:
         weight: Weight w of the adapted model's logits in full trust, that of the original being 1.
         window: Images over which means run.
         probation: Images over which trust is won.
-        margin: Share of answers that may differ beyond the original's doubt.
-        diversity: Entropy, in nats, that predictions may lose against the original's.
+        margin: Share of answers that may differ beyond the original's doubt, at equal diversity.
+        diversity: Entropy, in nats, that predictions may lose against the original's where they do
+            not contradict it.
         pause: Batches without adaptation after the first collapse.
     """
 
@@ -104,22 +112,24 @@ class Guard:
         self, state: State, source: Float[Tensor, "n c"], adapted: Float[Tensor, "n c"]
     ) -> Verdict:
         """Compare the answers of both models to a batch."""
-        new = self._observe(state, source, adapted)
-        lost = float(entropy_of(new["source"]) - entropy_of(new["adapted"]))
-        excess = float(new["contradiction"])
-        danger = max(lost / self.diversity, excess / self.margin)
-        if danger <= 1:
-            health = 1 - max(danger, 0.0)
+        new = self.observe(state, source, adapted)
+        danger = self.danger(new)
+        if danger <= COLLAPSE:
+            health = 1 - min(max(danger, 0.0), 1.0)
             share = share_of(len(source), self.probation)
             trust = new["trust"] + share * (health - new["trust"])
             weight = self.weight * min(health, float(trust))
             return Verdict(mixed(source, adapted, weight), {**new, "trust": trust})
         why = (
-            f"predictions have lost {lost:.2f} nats of diversity"
-            if lost > self.diversity
-            else f"{excess:.0%} of the answers contradict the original beyond its doubt"
+            f"{contradiction(new):.0%} of the answers contradict the original beyond its doubt, "
+            f"and predictions have lost {lost_diversity(new):.2f} nats of diversity"
         )
         return Verdict(source, self.after_collapse(new), why)
+
+    def danger(self, state: State) -> float:
+        """How far the adapted model has come apart from the original; at 1 it is unheard."""
+        excused = max(lost_diversity(state) / self.diversity, -1.0)
+        return contradiction(state) / self.margin + excused
 
     def after_collapse(self, state: State) -> State:
         """Nothing seen but the number of collapses, and a pause ahead."""
@@ -127,7 +137,10 @@ class Guard:
         fresh = {key: x.to(collapses.device) for key, x in self.start(len(state["source"])).items()}
         return {**fresh, "collapses": collapses + 1, "pause": self.pause * 4**collapses}
 
-    def _observe(self, state: State, source: Tensor, adapted: Tensor) -> State:
+    def observe(
+        self, state: State, source: Float[Tensor, "n c"], adapted: Float[Tensor, "n c"]
+    ) -> State:
+        """The running means after the answers of both models to a batch."""
         num_classes = source.shape[1]
         share = share_of(len(source), self.window)
         first, second = source.argmax(1), adapted.argmax(1)
@@ -138,6 +151,16 @@ class Guard:
             "contradiction": ((first != second).float() - doubt).mean().clamp(min=-self.margin),
         }
         return {**state, **{key: moved(state[key], value, share) for key, value in seen.items()}}
+
+
+def contradiction(state: State) -> float:
+    """Share of answers that differ beyond the original's doubt."""
+    return max(float(state["contradiction"]), 0.0)
+
+
+def lost_diversity(state: State) -> float:
+    """Entropy of the original's predictions, in nats, less that of the adapted model's."""
+    return float(entropy_of(state["source"]) - entropy_of(state["adapted"]))
 
 
 def share_of(images: int, window: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qat.tta import SGD, Adapter, Guard, Outcome, Tent
-from qat.tta.guard import mixed
+from qat.tta.guard import COLLAPSE, Verdict, mixed
 from tests.qat.tta.common import GRADIENT, METHODS, clean, labels_of, noisy, shared
 
 
@@ -29,34 +29,68 @@ def test_mixture_equals_the_formula() -> None:
     torch.testing.assert_close(mixed(source, adapted, 3.0), torch.tensor([[-0.5, 0.5]]))
 
 
-def watch(guard: Guard, source: Tensor, adapted: Tensor, batches: int) -> str:
+def danger(guard: Guard, source: Tensor, adapted: Tensor) -> float:
+    """Danger when the same answers have come fifty times."""
     state = guard.start(4)
-    for _ in range(batches):
-        verdict = guard.judge(state, source, adapted)
-        state = verdict.state
-        if verdict.collapse:
-            return verdict.collapse
-    return ""
+    for _ in range(50):
+        state = guard.observe(state, source, adapted)
+    return guard.danger(state)
 
 
-def test_one_class_for_all_is_a_collapse_unless_the_original_sees_one_class_too() -> None:
+def test_one_class_for_all_is_a_danger_unless_the_original_sees_one_class_too() -> None:
     varied, constant = sure(0, 1, 2, 3), sure(0, 0, 0, 0)
-    lenient = Guard(margin=1.0)
-    assert "diversity" in watch(lenient, varied, constant, 50)
-    assert watch(lenient, constant, constant, 50) == ""
-    assert watch(lenient, constant, varied, 50) == ""
+    blind = Guard(margin=1e9, diversity=0.25)  # to contradiction
+    assert danger(blind, varied, constant) > COLLAPSE
+    assert danger(blind, constant, constant) == pytest.approx(0.0, abs=1e-6)
+    assert danger(blind, constant, varied) == pytest.approx(-1.0, abs=1e-6)
 
 
-def test_contradicting_the_original_is_a_collapse_only_beyond_its_doubt() -> None:
-    other = sure(1, 2, 3, 0)
-    assert "contradict" in watch(Guard(), sure(0, 1, 2, 3), other, 50)
+def test_contradicting_the_original_is_a_danger_only_beyond_its_doubt() -> None:
+    other, guard = sure(1, 2, 3, 0), Guard(diversity=1e9)
+    assert danger(guard, sure(0, 1, 2, 3), other) > COLLAPSE
     doubtful = 0.01 * sure(0, 1, 2, 3)  # a quarter each: it may be contradicted three times in four
     partly = torch.cat((0.01 * sure(0), other[1:]))
-    assert watch(Guard(), doubtful, partly, 50) == ""
+    assert danger(guard, doubtful, partly) < 0.2
+
+
+def test_more_diverse_answers_excuse_one_margin_of_contradiction_and_no_more() -> None:
+    few = sure(0, 0, 0, 0, 0, 0, 0, 0, 1, 1)  # an original that a shift made sure of two classes
+    same, more = sure(0, 0, 0, 0, 0, 0, 0, 1, 1, 0), sure(0, 0, 0, 0, 0, 0, 2, 3, 1, 1)
+    most = sure(0, 0, 0, 0, 2, 3, 2, 3, 1, 1)
+    guard = Guard(margin=0.1, diversity=0.01)
+    found = [danger(guard, few, adapted) for adapted in (same, more, most)]
+    assert found == pytest.approx([2.0, 1.0, 3.0], rel=0.05)  # 20, 20 and 40 % differ
+
+
+def test_contradiction_and_lost_diversity_add_up() -> None:
+    source, adapted = sure(0, 1, 2, 3, 0, 1, 2, 3, 0, 1), sure(0, 1, 2, 3, 0, 1, 2, 3, 0, 0)
+    both = Guard(margin=0.15, diversity=0.05)
+    apart = Guard(margin=0.15, diversity=1e9), Guard(margin=1e9, diversity=0.05)
+    parts = [danger(guard, source, adapted) for guard in apart]
+    assert min(parts) > 0.3
+    assert danger(both, source, adapted) == pytest.approx(sum(parts))
+
+
+def test_above_one_the_adapted_model_goes_on_unheard_and_above_two_it_starts_anew() -> None:
+    guard, classes = Guard(margin=0.1, diversity=1e9), [0, 1, 2, 3] * 5
+    source, verdicts = sure(*classes), []
+    for num_other in (1, 3, 5):  # of twenty
+        adapted = torch.cat((source[1 : num_other + 1], source[num_other:]))
+        verdict = Verdict(source, {**guard.start(4), "trust": torch.tensor(1.0)})
+        for _ in range(50):
+            verdict = guard.judge(verdict.state, source, adapted)
+            if verdict.collapse:
+                break
+        verdicts.append(verdict)
+    heard, unheard, collapsed = verdicts
+    alone = mixed(source, source, 0.0)
+    assert not torch.equal(heard.logits, alone) and not heard.collapse
+    assert torch.equal(unheard.logits, alone) and not unheard.collapse
+    assert torch.equal(collapsed.logits, source) and "contradict" in collapsed.collapse
 
 
 def test_trust_is_won_slowly_and_lost_at_once() -> None:
-    guard = Guard(weight=1.0, window=10, probation=100)
+    guard = Guard(weight=1.0, window=10, probation=100, diversity=1e9)
     state, shares = guard.start(4), []
     source, other = sure(0, 1, 2, 3), sure(0, 1, 2, 2)
     for adapted in (source, source, other):
