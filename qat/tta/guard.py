@@ -128,8 +128,8 @@ class Guard:
 
     def danger(self, state: State) -> float:
         """How far the adapted model has come apart from the original; at 1 it is unheard."""
-        excused = max(lost_diversity(state) / self.diversity, -1.0)
-        return contradiction(state) / self.margin + excused
+        lost = max(lost_diversity(state) / self.diversity, -1.0)
+        return contradiction(state) / self.margin + lost
 
     def after_collapse(self, state: State) -> State:
         """Nothing seen but the number of collapses, and a pause ahead."""
