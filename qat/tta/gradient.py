@@ -41,7 +41,9 @@ class GradientMethod(Method):
         params = on.flat()
         state: State = {"params": params}
         state = with_part(state, "optimizer", self.optimizer.start(params))
-        return with_part(state, "balance", self.balance.start(num_classes_of(on.model)))
+        balance = self.balance.start(num_classes_of(on.model))
+        home = {name: value.to(params.device) for name, value in balance.items()}
+        return with_part(state, "balance", home)
 
     def predict(self, on: Overlay, state: State, images: Tensor) -> Float[Tensor, "n c"]:
         """Logits of the adapted model."""

@@ -9,8 +9,9 @@ import torch
 from qat.tta import ABL1, ABL2, ABL3, ABL4, ABL1e, Adapter
 from qat.tta.balance import Plain
 from qat.tta.ops import cross_entropy, entropy
+from qat.tta.overlay import Overlay
 from qat.tta.ttaq import EPS, offset
-from tests.qat.tta.common import BALANCES, GRADIENT, METHODS, clean, noisy, shared
+from tests.qat.tta.common import BALANCES, GRADIENT, METHODS, clean, knowing, noisy, shared
 
 FREQUENT = {"frequency": torch.tensor([0.9, 0.1]), "complexity": torch.tensor([0.5, 0.5])}
 UNDECIDED = torch.zeros(1, 2)
@@ -118,3 +119,14 @@ def test_every_candidate_works_over_every_gradient_method(name: str, balance: st
     assert frequency[0] > 0.11 and frequency.sum().item() == pytest.approx(1, abs=1e-5)
     moved = not torch.equal(states[0]["method.params"], states[1]["method.params"])
     assert moved == (balance != "4")
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_first_state_is_where_the_model_is(balance: str) -> None:
+    """Methods that take a step of their own before the first batch, as EATA does, need that."""
+    method = replace(METHODS["tent"], balance=BALANCES[balance])  # type: ignore[call-arg]
+    model = knowing().to("meta")
+    state = method.start(Overlay(model, method.parameters(model)), [])
+    assert {name: value.device.type for name, value in state.items()} == dict.fromkeys(
+        state, "meta"
+    )
