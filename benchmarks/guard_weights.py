@@ -1,14 +1,15 @@
-"""What weight a guard may give the adapted model: guards replayed over the answers of one run.
+"""How far a guard may hear the adapted model: guards replayed over the answers of one run.
 
     python benchmarks/guard_weights.py W4A4=runs/w4a4/model.ckpt --part ttaq_tent --seeds 7 8
 
-A method adapts over the held-out corruptions, once for each seed. Guards of several weights then
-judge the same pairs of answers. `loss` is the largest rise of the error on a corruption, seeds
-taken together. A guard that finds a collapse would have started the method anew, which a replay
-cannot show: `collapses` above 0 makes its line worthless.
+A method adapts over the held-out corruptions, once for each seed. Guards of several weights and
+probations then judge the same pairs of answers. `loss` is the largest rise of the error on a
+corruption, seeds taken together. A guard that finds a collapse would have started the method anew,
+which a replay cannot show: `collapses` above 0 makes its line worthless.
 """
 
 import argparse
+from itertools import product
 
 import torch
 from bench import RECIPE, Bench
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from qat.tta import Guard
 
-WEIGHTS = [0.1, 0.2, 0.3, 0.5, 1.0, 2.0]
+WEIGHTS = [1.0, 2.0]
+PROBATIONS = [2_500, 5_000, 10_000, 20_000, 40_000]
 
 
 def options() -> argparse.Namespace:
@@ -29,6 +31,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
+    parser.add_argument("--probations", type=int, nargs="+", default=PROBATIONS)
     return parser.parse_args()
 
 
@@ -69,17 +72,21 @@ def main() -> None:
         for seed in given.seeds:
             bench = Bench(path, given.recipe, [given.stream], seed, **sizes)
             adapter = bench.adapter(given.part)
-            source = [adapter.source(batch.images) for batch in bench.batches]
-            runs.append((source, [adapter.adapt(batch.images).logits for batch in bench.batches]))
-            truths += [batch.labels for batch in bench.batches]
-            domains += [domain for batch in bench.batches for domain in batch.domains]
+            runs.append(([], []))
+            for batch in bench.stream.batches():
+                runs[-1][0].append(adapter.source(batch.images))
+                runs[-1][1].append(adapter.adapt(batch.images).logits)
+                truths.append(batch.labels.clone())  # so that the batch itself is let go
+                domains += batch.domains
         source, bare = (torch.cat([x.argmax(1) for run in runs for x in run[i]]) for i in (0, 1))
         report(f"{name} left alone", source, source, torch.cat(truths), domains)
         report(f"{name} method", bare, source, torch.cat(truths), domains)
-        for weight in given.weights:
-            found = [guarded(Guard(weight=weight), *run) for run in runs]
+        for weight, probation in product(given.weights, given.probations):
+            guard = Guard(weight=weight, probation=probation)
+            found = [guarded(guard, *run) for run in runs]
             answers = torch.cat([logits.argmax(1) for run, _ in found for logits in run])
-            row = f"{name} weight {weight:g}, collapses {sum(count for _, count in found)}"
+            count = sum(count for _, count in found)
+            row = f"{name} weight {weight:g}, probation {probation}, collapses {count}"
             report(row, answers, source, torch.cat(truths), domains)
 
 

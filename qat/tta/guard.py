@@ -11,14 +11,15 @@ adapted one. Running means over about `window` images:
     danger   max(c, 0) / margin + max(d / diversity, -1)
 
     health   1 - danger, between 0 and 1
-    trust    running mean of the health over about `probation` images, from 0
+    n        sum of the health over all images since the start or the last collapse
     answer   (z_source + v (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + v),
-             v = w min(health, trust)
+             v = w health n / (n + probation)
 
-a mean of both at equal scale, because adaptation by entropy inflates logits. Trust is slow to win
-and quick to lose: a method that breaks early was hardly heard, and above a danger of 1 it is not.
-Above 2 it has collapsed: the method starts anew, the batch gets the original's answer, and
-adaptation pauses, `pause` batches after the first collapse, four times as many after each further.
+a mean of both at equal scale, because adaptation by entropy inflates logits. A method is heard as
+far as it has proved itself: a short stream gains little by adapting and can lose, a long one gains
+much. One that breaks early was hardly heard; above a danger of 1 none is. Above 2 it has collapsed:
+the method starts anew, the batch gets the original's answer, and adaptation pauses, `pause` batches
+after the first collapse, four times as many after each further.
 
 A shift can make the original sure of a few wrong classes. To contradict that is no fault and makes
 answers more diverse, which therefore excuses one margin of contradiction, but no more. Nor is a
@@ -60,18 +61,18 @@ class Guard:
     """Mixes answers with the original's and undoes collapse.
 
     Attributes:
-        weight: Weight w of the adapted model's logits in full trust, that of the original being 1.
+        weight: Weight w that the adapted model's logits tend to, that of the original being 1.
         window: Images over which means run.
-        probation: Images over which trust is won.
+        probation: Healthy images after which the adapted model has half that weight.
         margin: Share of answers that may differ beyond the original's doubt, at equal diversity.
         diversity: Entropy, in nats, that predictions may lose against the original's where they do
             not contradict it.
         pause: Batches without adaptation after the first collapse.
     """
 
-    weight: float = 0.2
+    weight: float = 1.0
     window: int = 100
-    probation: int = 400
+    probation: int = 20_000
     margin: float = 0.15
     diversity: float = 0.5
     pause: int = 8
@@ -95,7 +96,7 @@ class Guard:
             "source": uniform,
             "adapted": uniform,
             "contradiction": zero,
-            "trust": zero,
+            "healthy": zero,
             "collapses": zero,
             "pause": zero,
         }
@@ -116,10 +117,9 @@ class Guard:
         danger = self.danger(new)
         if danger <= COLLAPSE:
             health = 1 - min(max(danger, 0.0), 1.0)
-            share = share_of(len(source), self.probation)
-            trust = new["trust"] + share * (health - new["trust"])
-            weight = self.weight * min(health, float(trust))
-            return Verdict(mixed(source, adapted, weight), {**new, "trust": trust})
+            healthy = new["healthy"] + health * len(source)
+            weight = self.weight * health * float(healthy / (healthy + self.probation))
+            return Verdict(mixed(source, adapted, weight), {**new, "healthy": healthy})
         why = (
             f"{contradiction(new):.0%} of the answers contradict the original beyond its doubt, "
             f"and predictions have lost {lost_diversity(new):.2f} nats of diversity"

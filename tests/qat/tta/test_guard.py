@@ -76,7 +76,7 @@ def test_above_one_the_adapted_model_goes_on_unheard_and_above_two_it_starts_ane
     source, verdicts = sure(*classes), []
     for num_other in (1, 3, 5):  # of twenty
         adapted = torch.cat((source[1 : num_other + 1], source[num_other:]))
-        verdict = Verdict(source, {**guard.start(4), "trust": torch.tensor(1.0)})
+        verdict = Verdict(source, {**guard.start(4), "healthy": torch.tensor(1e6)})
         for _ in range(50):
             verdict = guard.judge(verdict.state, source, adapted)
             if verdict.collapse:
@@ -89,34 +89,35 @@ def test_above_one_the_adapted_model_goes_on_unheard_and_above_two_it_starts_ane
     assert torch.equal(collapsed.logits, source) and "contradict" in collapsed.collapse
 
 
-def test_trust_is_won_slowly_and_lost_at_once() -> None:
-    guard = Guard(weight=1.0, window=10, probation=100, diversity=1e9)
-    state, shares = guard.start(4), []
+def test_method_is_heard_by_its_healthy_images_and_by_its_health_at_once() -> None:
+    guard = Guard(weight=2.0, window=10, probation=8, diversity=1e9)
     source, other = sure(0, 1, 2, 3), sure(0, 1, 2, 2)
-    for adapted in (source, source, other):
-        verdict = guard.judge(state, source, adapted)
-        shares.append(float(verdict.state["trust"]))
+    near = source + 0.1 * torch.arange(4.0)
+    state = guard.start(4)
+    for healthy in (4, 8):
+        verdict = guard.judge(state, source, near)
         state = verdict.state
-        assert verdict.collapse == ""
-    first = 1 - 0.99**4
-    torch.testing.assert_close(shares[:2], [first, 1 - (1 - first) ** 2])
+        assert float(state["healthy"]) == healthy
+        weight = 2 * healthy / (healthy + 8)
+        torch.testing.assert_close(verdict.logits, mixed(source, near, weight))
     # One answer in four against a certain original: 0.25 moves in by a third, of a margin of 0.15.
-    seen = float(state["contradiction"])
-    assert seen == pytest.approx(0.25 * (1 - 0.9**4), rel=1e-2)
-    torch.testing.assert_close(verdict.logits, mixed(source, other, shares[2]))
-    assert shares[2] - shares[1] < shares[1] - shares[0]
-    trusted = guard.judge({**guard.start(4), "trust": torch.tensor(1.0)}, source, other)
-    health = 1 - float(trusted.state["contradiction"]) / guard.margin
-    assert health < 0.5 < float(trusted.state["trust"])
-    torch.testing.assert_close(trusted.logits, mixed(source, other, health))
+    verdict = guard.judge(state, source, other)
+    seen = float(verdict.state["contradiction"])
+    assert seen == pytest.approx(0.25 * (1 - 0.9**4), rel=1e-2) and not verdict.collapse
+    health = 1 - seen / guard.margin
+    healthy = 8 + 4 * health
+    assert health < 0.5 and float(verdict.state["healthy"]) == pytest.approx(healthy)
+    weight = 2 * health * healthy / (healthy + 8)
+    torch.testing.assert_close(verdict.logits, mixed(source, other, weight))
 
 
-def test_method_in_full_trust_weighs_as_much_as_it_may() -> None:
+def test_method_long_healthy_weighs_as_much_as_it_may_until_it_collapses() -> None:
     guard, source = Guard(weight=0.5), sure(0, 1, 2, 3)
-    state = {**guard.start(4), "trust": torch.tensor(1.0)}
+    state = {**guard.start(4), "healthy": torch.tensor(1e9)}
     adapted = source + 0.1 * torch.arange(4.0)
     verdict = guard.judge(state, source, adapted)
     torch.testing.assert_close(verdict.logits, mixed(source, adapted, 0.5))
+    assert float(guard.after_collapse(verdict.state)["healthy"]) == 0
 
 
 @pytest.mark.parametrize(
