@@ -19,7 +19,7 @@ from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered
 from qat.tta.base import Method
 from qat.tta.guard import Guard
 from qat.tta.overlay import Overlay
-from qat.tta.parts import part, with_part
+from qat.tta.parts import at, part, with_part
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Adapter:
         state = with_part({}, "method", method.start(self.on, list(calibration)))
         if guard is not None:
             state = with_part(state, "guard", guard.start(num_classes_of(model)))
-        self.initial: State = self._at_home(state)
+        self.initial: State = at(self.on.like.device, state)
         self._now: tuple[State, Counts] = (self.initial, Counts())
 
     @property
@@ -168,11 +168,7 @@ class Adapter:
             raise ValueError(f"the saved state has values in '{name}' that are not finite")
         if counts.keys() != {field.name for field in fields(Counts)}:
             raise ValueError(f"the saved counts are {sorted(counts)}; another version wrote them")
-        self._now = (self._at_home(state), Counts(**counts))
-
-    def _at_home(self, state: State) -> State:
-        """The state on the device of the model."""
-        return {name: value.to(self.on.like.device) for name, value in state.items()}
+        self._now = (at(self.on.like.device, state), Counts(**counts))
 
     def _answer(self, images: Tensor, hurry: bool) -> tuple[Answer, State]:
         """The answer to rows that were taken in, and the state to go on with."""

@@ -14,7 +14,7 @@ from qat.tta.base import Method
 from qat.tta.norms import BatchStatistics, batch_norms, norm_parameters
 from qat.tta.optim import SGD, Optimizer
 from qat.tta.overlay import Hooks, Overlay, no_hooks
-from qat.tta.parts import part, with_part
+from qat.tta.parts import at, part, with_part
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class GradientMethod(Method):
         state: State = {"params": params}
         state = with_part(state, "optimizer", self.optimizer.start(params))
         balance = self.balance.start(num_classes_of(on.model))
-        home = {name: value.to(params.device) for name, value in balance.items()}
-        return with_part(state, "balance", home)
+        return with_part(state, "balance", at(params.device, balance))
 
     def predict(self, on: Overlay, state: State, images: Tensor) -> Float[Tensor, "n c"]:
         """Logits of the adapted model."""

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from qat.tta.answer import State
 from qat.tta.ops import entropy_of, moved
+from qat.tta.parts import at
 
 COLLAPSE = 2.0
 """Danger above which the adapted model has collapsed."""
@@ -134,7 +135,7 @@ class Guard:
     def after_collapse(self, state: State) -> State:
         """Nothing seen but the number of collapses, and a pause ahead."""
         collapses = state["collapses"]
-        fresh = {key: x.to(collapses.device) for key, x in self.start(len(state["source"])).items()}
+        fresh = at(collapses.device, self.start(len(state["source"])))
         return {**fresh, "collapses": collapses + 1, "pause": self.pause * 4**collapses}
 
     def observe(
