@@ -9,11 +9,14 @@ between them; a difference is taken seed by seed, on the same images in the same
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
+Parts = dict[str, list[Row]]
+Cells = dict[tuple[str, int], Parts]
 
 
 def spread(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
@@ -54,14 +57,43 @@ def loss_over_seeds(rows: Sequence[Row]) -> tuple[float, str]:
     return mean(losses[worst]), worst
 
 
-def lines_of(rows: list[Row], base: str) -> Iterable[str]:
-    """The tables of one stream, one for each model and number of images."""
-    cells: dict[tuple[str, int], dict[str, list[Row]]] = {}
+def unadapted_of(parts: Parts) -> list[Row]:
+    """One row of each seed, for the figures of the model left alone."""
+    return list(by_seed(row for found in parts.values() for row in found).values())
+
+
+def gains_of(rows: Iterable[Row]) -> list[float]:
+    """What each row errs less than the model left alone, in points."""
+    return [100 * (row["error_source_mean"] - row["error_mean"]) for row in rows]
+
+
+def glance(cells: Cells, images: int) -> Iterable[str]:
+    """The gain of every method on every model at one number of images."""
+    models = {model: cells[model, number] for model, number in sorted(cells) if number == images}
+    names = dict.fromkeys(name for parts in models.values() for name in parts)
+    yield f"\n{images} images a corruption:\n"
+    yield f"| | {' | '.join(models)} |"
+    yield "|---|" + "---:|" * len(models)
+    errors = (mean(points(unadapted_of(parts), "error_source_mean")) for parts in models.values())
+    yield f"| *none, error* | {' | '.join(f'*{error:.1f}*' for error in errors)} |"
+    for name in names:
+        gains = (gains_of(parts.get(name, [])) for parts in models.values())
+        yield f"| {name} | {' | '.join(f'{mean(gain):+.1f}' if gain else '' for gain in gains)} |"
+
+
+def cells_of(rows: Iterable[Row]) -> Cells:
+    """Rows by model and number of images, then by method."""
+    cells: Cells = {}
     for row in rows:
         parts = cells.setdefault((row["model"], row["num_images"]), {})
         parts.setdefault(row["part"], []).append(row)
+    return cells
+
+
+def lines_of(cells: Cells, base: str) -> Iterable[str]:
+    """The tables of one stream, one for each model and number of images."""
     for (model, images), parts in cells.items():
-        unadapted = list(by_seed(row for found in parts.values() for row in found).values())
+        unadapted = unadapted_of(parts)
         source = spread(points(unadapted, "error_source_mean"))
         ece = spread(points(unadapted, "ece_source_mean"))
         yield (
@@ -82,12 +114,12 @@ def lines_of(rows: list[Row], base: str) -> Iterable[str]:
             alone = parts.get(plain, []) if plain != part else []
             based = other.get(plain, []) if other is not parts or plain != part else []
             loss, where = loss_over_seeds(found)
-            gains = [100 * (row["error_source_mean"] - row["error_mean"]) for row in found]
             times = [row["seconds_ratio"] for row in found if row["seconds_ratio"] is not None]
             memory = [row["memory_ratio"] for row in found if "memory_ratio" in row]
             yield (
                 f"| {part} | {len(found)} | {spread(points(found, 'error_mean'))} | "
-                f"{spread(gains, 1, '+')} | {less(found, alone)} | {less(found, based)} | "
+                f"{spread(gains_of(found), 1, '+')} | {less(found, alone)} | "
+                f"{less(found, based)} | "
                 f"{loss:+.1f} {where} | {mean(points(found, 'error_class_mean')):.1f} | "
                 f"{mean(points(found, 'ece_mean')):.1f} | "
                 f"{mean(100 * row['n_backward'] / row['n_images'] for row in found):.0f} | "
@@ -109,7 +141,12 @@ def main() -> None:
     text = f"# {given.title}\n\n{given.note}\n"
     for stream in dict.fromkeys(row["stream"] for row in rows):
         text += f"\n## {stream.replace('_', ' ').capitalize()}\n"
-        for line in lines_of([row for row in rows if row["stream"] == stream], given.base):
+        cells = cells_of(row for row in rows if row["stream"] == stream)
+        sizes = sorted({images for _, images in cells}, reverse=True)
+        text += "\nGain over no adaptation, points.\n"
+        for line in chain(
+            *(glance(cells, images) for images in sizes), lines_of(cells, given.base)
+        ):
             text += line if line.endswith(" ") else f"{line}\n"
     given.page.write_text(text)
 
