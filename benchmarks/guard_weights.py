@@ -3,9 +3,10 @@
     python benchmarks/guard_weights.py W4A4=runs/w4a4/model.ckpt --part ttaq_tent --seeds 7 8
 
 A method adapts over the held-out corruptions, once for each seed. Guards of several weights and
-probations then judge the same pairs of answers. `loss` is the largest rise of the error on a
-corruption, seeds taken together. A guard that finds a collapse would have started the method anew,
-which a replay cannot show: `collapses` above 0 makes its line worthless.
+probations then judge the same pairs of answers, with nothing behind them or, `--healthy 150000`,
+as at the end of a long stream. `loss` is the largest rise of the error on a corruption, seeds taken
+together. A guard that finds a collapse would have started the method anew, which a replay cannot
+show: `collapses` above 0 makes its line worthless.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from qat.tta import Guard
 
-WEIGHTS = [1.0, 2.0]
+WEIGHTS = [0.25, 0.5, 1.0]
 PROBATIONS = [2_500, 5_000, 10_000, 20_000, 40_000]
 
 
@@ -32,12 +33,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS)
     parser.add_argument("--probations", type=int, nargs="+", default=PROBATIONS)
+    parser.add_argument("--healthy", type=float, default=0.0, help="healthy images seen before")
     return parser.parse_args()
 
 
-def guarded(guard: Guard, source: list[Tensor], adapted: list[Tensor]) -> tuple[list[Tensor], int]:
+def guarded(
+    guard: Guard, healthy: float, source: list[Tensor], adapted: list[Tensor]
+) -> tuple[list[Tensor], int]:
     """What a guard makes of the answers of a run without one, and how many collapses it finds."""
-    answers, num_collapses, state = [], 0, guard.start(source[0].shape[1])
+    answers, num_collapses = [], 0
+    state = {**guard.start(source[0].shape[1]), "healthy": torch.tensor(healthy)}
     for first, second in zip(source, adapted, strict=True):
         verdict = guard.judge(state, first, second)
         state = verdict.state
@@ -83,7 +88,7 @@ def main() -> None:
         report(f"{name} method", bare, source, torch.cat(truths), domains)
         for weight, probation in product(given.weights, given.probations):
             guard = Guard(weight=weight, probation=probation)
-            found = [guarded(guard, *run) for run in runs]
+            found = [guarded(guard, given.healthy, *run) for run in runs]
             answers = torch.cat([logits.argmax(1) for run, _ in found for logits in run])
             count = sum(count for _, count in found)
             row = f"{name} weight {weight:g}, probation {probation}, collapses {count}"

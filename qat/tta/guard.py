@@ -10,20 +10,21 @@ adapted one. Running means over about `window` images:
              stopped to tell classes apart
     danger   max(c, 0) / margin + max(d / diversity, -1)
 
-    health   1 - danger, between 0 and 1
+    health   1 - 4 danger, between 0 and 1
     n        sum of the health over all images since the start or the last collapse
     answer   (z_source + v (sd(z_source) / sd(z_adapted)) z_adapted) / (1 + v),
              v = w health n / (n + probation)
 
 a mean of both at equal scale, because adaptation by entropy inflates logits. A method is heard as
 far as it has proved itself: a short stream gains little by adapting and can lose, a long one gains
-much. One that breaks early was hardly heard; above a danger of 1 none is. Above 2 it has collapsed:
-the method starts anew, the batch gets the original's answer, and adaptation pauses, `pause` batches
-after the first collapse, four times as many after each further.
+much. One that breaks early was hardly heard; one that a shift makes err was heard long, therefore
+none is above a danger of 1/4. Above 2 it has collapsed: the method starts anew, the batch gets the
+original's answer, and adaptation pauses, `pause` batches after the first collapse, four times as
+many after each further.
 
 A shift can make the original sure of a few wrong classes. To contradict that is no fault and makes
 answers more diverse, which therefore excuses one margin of contradiction, but no more. Nor is a
-method that fails under one shift lost to the next, so between 1 and 2 it goes on, unheard.
+method that fails under one shift lost to the next, so between 1/4 and 2 it goes on, unheard.
 
 Not from a paper. The figures behind the settings are in docs/log.md.
 """
@@ -38,6 +39,8 @@ from qat.tta.answer import State
 from qat.tta.ops import entropy_of, moved
 from qat.tta.parts import at
 
+UNHEARD = 0.25
+"""Danger from which the adapted model is not heard."""
 COLLAPSE = 2.0
 """Danger above which the adapted model has collapsed."""
 
@@ -65,13 +68,12 @@ class Guard:
         weight: Weight w that the adapted model's logits tend to, that of the original being 1.
         window: Images over which means run.
         probation: Healthy images after which the adapted model has half that weight.
-        margin: Share of answers that may differ beyond the original's doubt, at equal diversity.
-        diversity: Entropy, in nats, that predictions may lose against the original's where they do
-            not contradict it.
+        margin: Share of answers differing beyond the original's doubt that is a danger of 1.
+        diversity: Entropy, in nats, lost against the original's predictions that is a danger of 1.
         pause: Batches without adaptation after the first collapse.
     """
 
-    weight: float = 1.0
+    weight: float = 0.5
     window: int = 100
     probation: int = 20_000
     margin: float = 0.15
@@ -117,7 +119,7 @@ class Guard:
         new = self.observe(state, source, adapted)
         danger = self.danger(new)
         if danger <= COLLAPSE:
-            health = 1 - min(max(danger, 0.0), 1.0)
+            health = 1 - min(max(danger / UNHEARD, 0.0), 1.0)
             healthy = new["healthy"] + health * len(source)
             weight = self.weight * health * float(healthy / (healthy + self.probation))
             return Verdict(mixed(source, adapted, weight), {**new, "healthy": healthy})
@@ -128,7 +130,7 @@ class Guard:
         return Verdict(source, self.after_collapse(new), why)
 
     def danger(self, state: State) -> float:
-        """How far the adapted model has come apart from the original; at 1 it is unheard."""
+        """How far the adapted model has come apart from the original."""
         lost = max(lost_diversity(state) / self.diversity, -1.0)
         return contradiction(state) / self.margin + lost
 
