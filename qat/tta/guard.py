@@ -8,7 +8,7 @@ adapted one. Running means over about `window` images:
              model contradicts what the original is sure of
     d        H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes: it has
              stopped to tell classes apart
-    danger   max(c, 0) / margin + max(d / diversity, -1)
+    danger   max(c, 0) / margin + d / diversity, gained diversity counted double down to -2
 
     health   1 - 4 danger, between 0 and 1
     n        sum of the health over all images since the start or the last collapse
@@ -23,7 +23,7 @@ original's answer, and adaptation pauses, `pause` batches after the first collap
 many after each further.
 
 A shift can make the original sure of a few wrong classes. To contradict that is no fault and makes
-answers more diverse, which therefore excuses one margin of contradiction, but no more. Nor is a
+answers more diverse, which therefore excuses two margins of contradiction, but no more. Nor is a
 method that fails under one shift lost to the next, so between 1/4 and 2 it goes on, unheard.
 
 Not from a paper. The figures behind the settings are in docs/log.md.
@@ -43,6 +43,8 @@ UNHEARD = 0.25
 """Danger from which the adapted model is not heard."""
 COLLAPSE = 2.0
 """Danger above which the adapted model has collapsed."""
+EXCUSE = 2.0
+"""Margins of contradiction that gained diversity excuses at the most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +133,9 @@ class Guard:
 
     def danger(self, state: State) -> float:
         """How far the adapted model has come apart from the original."""
-        lost = max(lost_diversity(state) / self.diversity, -1.0)
-        return contradiction(state) / self.margin + lost
+        change = lost_diversity(state) / self.diversity
+        change = change if change > 0 else EXCUSE * max(change, -1.0)
+        return contradiction(state) / self.margin + change
 
     def after_collapse(self, state: State) -> State:
         """Nothing seen but the number of collapses, and a pause ahead."""
