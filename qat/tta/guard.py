@@ -8,7 +8,7 @@ adapted one. Running means over about `window` images:
              model contradicts what the original is sure of
     d        H(f_source) - H(f_adapted) in nats, f the frequencies of predicted classes: it has
              stopped to tell classes apart
-    danger   max(c, 0) / margin + d / diversity, gained diversity counted double down to -2
+    danger   max(c, 0) / margin + d / diversity, where d < 0 with 2 max(d / diversity, -1) instead
 
     health   1 - 4 danger, between 0 and 1
     n        sum of the health over all images since the start or the last collapse
