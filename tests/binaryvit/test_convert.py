@@ -124,18 +124,19 @@ def test_calibrated_model_differs_from_the_float_one_and_all_its_gradients_are_f
 
 
 @every_conversion
-def test_one_step_of_sgd_lowers_the_loss_in_the_mean(convert: Convert) -> None:
-    # Not with every seed: a step moves signs, and rounding differs between processors. Means of
-    # five seeds were 0.11 plain and 0.05 react.
+def test_one_step_of_sgd_lowers_the_loss(convert: Convert) -> None:
+    # Seen over 10 seeds: 0.02 to 0.20 plain, 0.003 to 0.09 react. A step of 0.3 moves so many signs
+    # that one seed in ten went uphill, which one differs between processors.
     gains = []
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         model = make_tiny_vit()
         images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
         convert(model, PLAN, BinaryQuantizers())
         qat.calibrate(model, [images])
         gains.append(train_step(model.train(), images, labels, lr=0.1))
-    assert sum(gains) / 5 > 0.02
+    assert min(gains) > 0
+    assert sum(gains) / 3 > 0.03
 
 
 @every_conversion

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qat.tta import SGD, Adapter, Guard, Outcome, Tent
-from qat.tta.guard import COLLAPSE, EXCUSE, UNHEARD, Verdict, mixed
+from qat.tta.guard import COLLAPSE, UNHEARD, Verdict, mixed
 from tests.qat.tta.common import GRADIENT, METHODS, clean, labels_of, noisy, shared
 
 
@@ -42,7 +42,10 @@ def test_one_class_for_all_is_a_danger_unless_the_original_sees_one_class_too() 
     blind = Guard(margin=1e9, diversity=0.25)  # to contradiction
     assert danger(blind, varied, constant) > COLLAPSE
     assert danger(blind, constant, constant) == pytest.approx(0.0, abs=1e-6)
-    assert danger(blind, constant, varied) == pytest.approx(-EXCUSE, abs=1e-6)
+    assert danger(blind, constant, varied) == pytest.approx(-2.0, abs=1e-6)
+    broad = Guard(margin=1e9, diversity=4.0)
+    lost, gained = danger(broad, varied, constant), danger(broad, constant, varied)
+    assert lost > 0.1 and gained == pytest.approx(-2 * lost, abs=1e-6)
 
 
 def test_contradicting_the_original_is_a_danger_only_beyond_its_doubt() -> None:
