@@ -2,7 +2,7 @@
 
 import sys
 
-from qat.lightning.cli import main
+from qat.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

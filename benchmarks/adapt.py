@@ -21,10 +21,10 @@ import torch
 from bench import RECIPE, Bench
 from torch import Tensor
 
+from qat.cli.adaptation import memory_items
+from qat.cli.stream_scores import Scores
+from qat.cost.footprint import Footprint
 from qat.data.streams import StreamBatch
-from qat.footprint import Footprint
-from qat.lightning.adaptation import memory_items
-from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.tta import Adapter, Source
 from qat.tta.parts import part, with_part

@@ -22,8 +22,9 @@ from sensitivity import unpack
 from torch import Tensor, nn
 
 from qat import convert_
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.common import make_data, make_module
+from qat.cli.commands.common import make_data, make_module
+from qat.cli.main import make_parser
+from qat.cost.count import cost
 from qat.models import num_classes_of
 from qat.plan import Plan
 from qat.preprocessing import expected_by
@@ -31,7 +32,6 @@ from qat.quantizers import QuantizerFactory
 from qat.search import pmq
 from qat.search.allocate import best
 from qat.search.baselines import at_random, greedy
-from qat.search.cost import cost
 from qat.search.sensitivity import monotone
 from qat.spec import Operand
 

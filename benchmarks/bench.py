@@ -5,10 +5,10 @@ from functools import cached_property
 from typing import Any
 
 import qat
+from qat.cli.commands.adapt import StreamSettings, make_stream
+from qat.cli.commands.common import arguments_of, make_data
+from qat.cli.main import make_parser
 from qat.data.streams import StreamBatch
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.adapt import StreamSettings, make_stream
-from qat.lightning.commands.common import arguments_of, make_data
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.tta import Adapter

@@ -16,10 +16,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.common import make_module
-from qat.search.cost import Site, cost
-from qat.search.latency import COLUMNS
+from qat.cli.commands.common import make_module
+from qat.cli.main import make_parser
+from qat.cost.count import Site, cost
+from qat.cost.latency import COLUMNS
 
 
 def shape(

@@ -10,7 +10,7 @@ import argparse
 import torch
 from allocation import Bench, uniform
 
-from qat.search.patchwise import ClassAttention, Inverse, PatchBits, RandomOrder, patchwise
+from qat.patchwise import ClassAttention, Inverse, PatchBits, RandomOrder, patchwise
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from qat.lightning.cli import make_parser
-from qat.lightning.commands.common import make_data, make_module
+from qat.cli.commands.common import make_data, make_module
+from qat.cli.main import make_parser
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import PercentileMSE, quantizers
+from qat.quantizers.slots import Slot, slot_of
 from qat.search.metrics import (
     DiagonalFisher,
     FirstOrder,
@@ -35,7 +36,7 @@ from qat.search.metrics import (
     TokenFisher,
 )
 from qat.search.metrics.hessian import squared_errors
-from qat.search.probe import Slot, probing, slot_of
+from qat.search.probe import probing
 from qat.search.sensitivity import Metric, Table, mean_table
 from qat.spec import Operand
 

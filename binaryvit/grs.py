@@ -131,7 +131,7 @@ def last_tenth(progress: float) -> float:
 
 @dataclass(frozen=True)
 class GRS:
-    """Applies a form of GRS to every binary weight of a model; a `qat.regularize.Regularizer`.
+    """Applies a form of GRS to every binary weight of a model; a `Regularizer`.
 
     Attributes:
         form: One of G1 to G5.

@@ -30,9 +30,9 @@ from qat.calibrate import joined, untouched_on_error
 from qat.journal import Journal
 from qat.quantizers import PercentileMSE, Phase, quantizers
 from qat.reconstruct import Reconstruction
+from qat.reconstruct.terms import OutputError
+from qat.reconstruct.trainable import Steps, Weights
 from qat.spec import Operand
-from qat.terms import OutputError
-from qat.trainable import Steps, Weights
 
 
 def median_grid(scales: Tensor, zero_points: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ from qat.calibrate import Batch, calibrate_in_order, joined, run, untouched_on_e
 from qat.journal import Journal
 from qat.layers import QuantLinear
 from qat.quantizers import Phase, set_phase
-from qat.rotation import Deal, Rule, block_size, dual_transformation, smoothing_scale
 from qat.transforms import Dual, Hadamard, Scaling, Transform, Transforms
+from qat.transforms.rotation import Deal, Rule, block_size, dual_transformation, smoothing_scale
 
 NUM_TOKENS = 512
 """Tokens of each layer's input that rotations are found on."""

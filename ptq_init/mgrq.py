@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from ptq_init.repq_vit import RepQViT
 from qat.journal import Journal
 from qat.reconstruct import Reconstruction, start_and_reconstruct
-from qat.terms import OutputError, Step, Term
-from qat.trainable import Rounding, Steps, Trainable, Weights
+from qat.reconstruct.terms import OutputError, Step, Term
+from qat.reconstruct.trainable import Rounding, Steps, Trainable, Weights
 
 
 @dataclass(frozen=True)

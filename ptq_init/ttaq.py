@@ -31,8 +31,8 @@ from ptq_init.ttaq_terms import PCR, PEM
 from qat.calibrate import Initialiser
 from qat.journal import Journal
 from qat.reconstruct import Reconstruction, start_and_reconstruct
-from qat.terms import OutputError, Term
-from qat.trainable import Rounding, Steps, Trainable, Weights
+from qat.reconstruct.terms import OutputError, Term
+from qat.reconstruct.trainable import Rounding, Steps, Trainable, Weights
 
 
 @dataclass(frozen=True)

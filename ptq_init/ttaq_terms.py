@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat.terms import OutputError, Probe, QuantizedWeight, Step, Term
+from qat.reconstruct.terms import OutputError, Probe, QuantizedWeight, Step, Term
 
 Penalty = Callable[[QuantizedWeight], Tensor]
 POWER_ITERATIONS = 20

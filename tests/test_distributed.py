@@ -20,7 +20,7 @@ import sys
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from qat.lightning.cli import main
+from qat.cli.main import main
 
 
 class Witness(Callback):

@@ -19,7 +19,7 @@ import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
 from qat.checkpoint import digest, read
-from qat.lightning.cli import main
+from qat.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 QUIET = ("--num_threads", "1", "--trainer.enable_progress_bar", "false")

@@ -10,8 +10,8 @@ import pytest
 
 import qat
 from qat import Plan
-from qat.lightning.cli import make_parser
-from qat.lightning.recipe import load_recipe
+from qat.cli.main import make_parser
+from qat.cli.recipe import load_recipe
 from qat.quantizers import LSQ, DynamicToken, PerOperand, quantizers
 from tests import test_end_to_end as runs
 from tests.qat.diffusion.common import tiny_dit

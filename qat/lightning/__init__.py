@@ -1,1 +1,1 @@
-"""Lightning orchestrates: modules, data modules, callbacks, the command line. No maths."""
+"""What Lightning runs: modules, data, callbacks, and tasks."""

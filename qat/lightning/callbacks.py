@@ -9,8 +9,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from qat.layers import quantized_weights
-from qat.oscillation import Oscillation, sign_statistics
 from qat.quantizers import Phase, Quantizer, quantizers
+from qat.train.oscillation import Oscillation, sign_statistics
 
 SHARES = ("flip_rate", "oscillating", "near_boundary", "changed")
 

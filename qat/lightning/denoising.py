@@ -20,7 +20,7 @@ from qat.diffusion.schedule import NoiseSchedule
 from qat.lightning.data import VisionData
 from qat.lightning.tasks import Form, Task
 from qat.lightning.training import Training
-from qat.losses import Objective
+from qat.train.losses import Objective
 
 EVALUATION_SEED = 20_000
 """With the seed of the run, seeds evaluation noise and samples: the same for every method."""

@@ -12,10 +12,10 @@ from qat import checkpoint as files
 from qat.calibrate import calibrate
 from qat.convert import convert_
 from qat.lightning.training import Convert, Initialise, MakeOptimizer, MakeSchedule, Training
-from qat.losses import FeatureTap, Objective
 from qat.models import num_classes_of
 from qat.quantizers import LSQ, Factory, QuantizerFactory
-from qat.regularize import Regularizer
+from qat.train.losses import FeatureTap, Objective
+from qat.train.regularize import Regularizer
 
 
 class Distillation(Training):

@@ -18,7 +18,7 @@ from qat.lightning.comparison import Comparison
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
 from qat.lightning.training import Training
-from qat.losses import Objective
+from qat.train.losses import Objective
 
 Form = tuple[str, str]
 """A key of `metrics.json`, and how its value is printed."""

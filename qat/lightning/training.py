@@ -16,7 +16,7 @@ from qat.convert import Conversion, convert_
 from qat.journal import Journal
 from qat.plan import Plan, load_plan
 from qat.quantizers import LSQ, Factory, Phase, QuantizerFactory, quantizers
-from qat.regularize import Regularizer
+from qat.train.regularize import Regularizer
 
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qat.search.cost import Width
+from qat.cost.count import Width
 
 CELLS = 2**14
 """Most cells of a frontier: resolution of the cost."""

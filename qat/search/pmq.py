@@ -15,7 +15,7 @@ weights is part of what is measured. Then
 and the best point of the frontier within the budget becomes the plan, or the knee without a budget.
 
 Provenance: the abstract is certain about a global metric, a Pareto frontier and patch-wise bits;
-the rest is a *reconstruction*. The patch-wise part is `qat.search.patchwise`.
+the rest is a *reconstruction*. The patch-wise part is `qat.patchwise`.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,12 +25,12 @@ from typing import Literal
 
 from torch import nn
 
+from qat.cost.count import Cost, Site, Width, cost
+from qat.cost.latency import LatencyTable
 from qat.plan import Plan, Rule
 from qat.quantizers import quantizers
+from qat.quantizers.slots import Slot, slot_of, slots_of
 from qat.search.allocate import Component, Frontier, Option, Picks, totals
-from qat.search.cost import Cost, Site, Width, cost
-from qat.search.latency import LatencyTable
-from qat.search.probe import Slot, slot_of, slots_of
 from qat.search.sensitivity import Table
 from qat.spec import Operand
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qat.search.probe import Probe, Slot
+from qat.quantizers.slots import Slot
+from qat.search.probe import Probe
 
 Table = Mapping[Slot, Mapping[int, float]]
 """Omega of each slot at each width."""

@@ -27,10 +27,10 @@ from qat import Phase, QuantSpec, convert_
 from qat.layers import QuantConv2d, QuantLinear, quantized_weights
 from qat.quantizers import Affine, LogSqrt2, PerOperand
 from qat.reconstruct import Reconstruction
+from qat.reconstruct.stages import stages
+from qat.reconstruct.terms import OutputError, Probe, QuantizedWeight, Step
+from qat.reconstruct.trainable import Weights
 from qat.spec import Granularity, Operand
-from qat.stages import stages
-from qat.terms import OutputError, Probe, QuantizedWeight, Step
-from qat.trainable import Weights
 from tests.ptq_init.common import images, plan, tiny_vit
 
 START = torch.tensor([[3.0, 1.2], [0.4, -2.0]])

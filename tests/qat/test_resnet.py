@@ -12,10 +12,10 @@ from ptq_init.minmax import MinMaxRange
 from ptq_init.percentile_mse import PercentileMSERange
 from ptq_init.ttaq import TTAQ
 from qat import Phase, Plan
+from qat.cost.count import cost
 from qat.models import timm_model
 from qat.quantizers import Affine, quantizers
-from qat.search.cost import cost
-from qat.stages import stages
+from qat.reconstruct.stages import stages
 from tests.qat.common import snapshot
 
 PLAN = Plan.load(Path(__file__).parents[2] / "configs" / "plans" / "resnet_w4a4.yaml")

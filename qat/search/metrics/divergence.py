@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.search.probe import Probe, Slot
+from qat.quantizers.slots import Slot
+from qat.search.probe import Probe
 from qat.search.sensitivity import Metric, parts
 
 

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qat.likelihood import check_target, log_likelihoods
-from qat.search.probe import Probe, Slot
+from qat.quantizers.slots import Slot
+from qat.search.probe import Probe
 from qat.search.sensitivity import Metric, parts
 from qat.spec import Operand
 

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qat.search.probe import Probe, Slot, product_of
+from qat.quantizers.slots import Slot, product_of
+from qat.search.probe import Probe
 from qat.search.sensitivity import Metric, parts
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.likelihood import check_target, log_likelihoods
-from qat.search.probe import Probe, Slot
+from qat.quantizers.slots import Slot
+from qat.search.probe import Probe
 from qat.search.sensitivity import Metric, parts
 from qat.spec import Operand
 

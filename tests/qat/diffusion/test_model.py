@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 import qat
 from qat.convert import QuantAttention
+from qat.cost.count import cost
 from qat.diffusion import DiT, dit
 from qat.diffusion.model import TimeEmbed
 from qat.quantizers import Affine, set_phase
-from qat.search.cost import cost
 from tests.qat.diffusion.common import ARGUMENTS, converted, inputs, plan, tiny_dit
 
 

@@ -14,9 +14,9 @@ from qat.data.sources import digits
 from qat.diffusion.judge import judge
 from qat.lightning.data import VisionData
 from qat.lightning.denoising import Denoising, NoisePrediction
-from qat.losses import Objective
 from qat.preprocessing import expected_by
 from qat.quantizers import Phase, quantizers
+from qat.train.losses import Objective
 from tests import test_end_to_end as runs
 from tests.qat.diffusion.common import tiny_dit
 

@@ -23,10 +23,10 @@ from qat.layers import quantized_weights
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
 from qat.lightning.training import parameter_groups
-from qat.losses import Objective
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import Phase, quantizers
+from qat.train.losses import Objective
 from tests import test_end_to_end as runs
 from tests.conftest import make_tiny_vit
 from tests.qat.common import assert_same_state, plan, quantized, snapshot

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import qat
+from qat.cost.count import cost
 from qat.quantizers import LSQ
+from qat.quantizers.slots import slot_of
 from qat.search import pmq
 from qat.search.allocate import Component, Frontier, Option, best, frontier, hull, totals
 from qat.search.baselines import at_random, greedy
-from qat.search.cost import cost
-from qat.search.probe import slot_of
 from tests.conftest import make_tiny_vit
 from tests.qat.common import plan
 

@@ -10,6 +10,7 @@ import qat
 from qat import Operand
 from qat.likelihood import log_likelihoods
 from qat.quantizers import Affine, quantizers
+from qat.quantizers.slots import Slot, slot_of
 from qat.search.metrics import (
     DiagonalFisher,
     FirstOrder,
@@ -20,7 +21,7 @@ from qat.search.metrics import (
     TokenFisher,
 )
 from qat.search.metrics.taylor import weight_gradients
-from qat.search.probe import Probe, Slot, probing, slot_of
+from qat.search.probe import Probe, probing
 from qat.search.sensitivity import Metric, Table, monotone
 from tests.conftest import make_tiny_vit
 from tests.qat.common import assert_same_state, plan, snapshot

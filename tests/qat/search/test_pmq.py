@@ -10,12 +10,12 @@ import qat
 from binaryvit import BinaryQuantizers
 from binaryvit.convert import react_
 from qat import Operand, Plan
+from qat.cost.count import Cost, cost
+from qat.cost.latency import LatencyTable
 from qat.quantizers import LSQ, quantizers
+from qat.quantizers.slots import Slot
 from qat.search import pmq
 from qat.search.allocate import best, frontier, totals
-from qat.search.cost import Cost, cost
-from qat.search.latency import LatencyTable
-from qat.search.probe import Slot
 from tests.conftest import make_tiny_vit
 from tests.qat.common import plan
 

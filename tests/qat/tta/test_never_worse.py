@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qat.cli.stream_scores import Scores
 from qat.data.corrupted import Generated
 from qat.data.protocols import (
     CleanAfterShift,
@@ -19,7 +20,6 @@ from qat.data.protocols import (
 )
 from qat.data.sources import digits
 from qat.data.streams import Stream
-from qat.lightning.stream_scores import Scores
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.tta import SGD, Adapter, Guard, Source

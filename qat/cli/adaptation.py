@@ -1,0 +1,216 @@
+"""Runs an adapter over a stream: scores, a row a batch, a state that survives a crash."""
+
+import csv
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.cli.stream_scores import Scores
+from qat.cost.footprint import Footprint
+from qat.data.streams import Stream, StreamBatch
+from qat.models import num_classes_of
+from qat.tta import Adapter, Answer
+from qat.tta.parts import part, with_part
+from qat.tta.store import Store
+
+COLUMNS: tuple[str, ...] = (
+    "position", "domain", "n_images", "n_refused", "error", "error_source", "outcome",
+    "n_selected", "n_forward", "n_backward", "digest", "reason", "seconds", "seconds_source",
+)  # fmt: skip
+WEIGHED = 8
+"""Batches from the start of a stream in which memory is counted."""
+
+
+class Adaptation:
+    """A run of an adapter over a stream, in a folder.
+
+    Args:
+        adapter: The adapting model.
+        stream: The stream.
+        store: Where its state is saved.
+        table: The file with a row a batch.
+        save_every: Batches between two saves.
+    """
+
+    def __init__(
+        self, adapter: Adapter, stream: Stream, store: Store, table: Path, save_every: int
+    ) -> None:
+        self.adapter, self.stream = adapter, stream
+        self.store, self.table, self.save_every = store, table, save_every
+        self.scores = Scores(stream.domains, num_classes_of(adapter.on.model))
+        self.seconds = {"adapted": 0.0, "source": 0.0}
+        self.bytes = {"adapted": 0, "source": 0}
+        self.num_unsaved = 0
+        self.first_failure = ""
+
+    def resume(self) -> list[str]:
+        """Continue from the newest state that is whole; the table loses the rows after it.
+
+        Returns:
+            What was wrong with newer states.
+        """
+        tensors, items, problems = self.store.load()
+        counts = items["counts"]
+        self.adapter.load_state_dict({"state": part(tensors, "adapter"), "counts": counts})
+        self.scores.tensors = dict(part(tensors, "scores"))
+        self.seconds, self.bytes = items["seconds"], items["bytes"]
+        self.num_unsaved = items["num_unsaved"]
+        self.first_failure = items["first_failure"]
+        rows = []
+        if self.table.exists():
+            with open(self.table, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if _is_before(row, counts["position"])]
+        _write_rows(self.table, rows)
+        return problems
+
+    def run(self, after: Callable[[dict[str, Any]], None], num_workers: int = 0) -> None:
+        """Adapt from where the run is to the end of the stream.
+
+        Args:
+            after: Called with the row of each batch when that is done.
+            num_workers: Processes that make batches ahead of time.
+        """
+        start = self.adapter.counts.position
+        if start == 0:
+            _write_rows(self.table, [])
+        with open(self.table, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            for batch in self.stream.batches(start, num_workers):
+                row = self._batch(batch)
+                writer.writerow(row)
+                done = batch.position + 1
+                if done % self.save_every == 0 or done == len(self.stream):
+                    file.flush()
+                    os.fsync(file.fileno())  # the rows before the state that says they are done
+                    self._save()
+                after(row)
+
+    def _batch(self, batch: StreamBatch) -> dict[str, Any]:
+        if batch.position in self.stream.restarts:
+            self.adapter.reset()
+        images = batch.images.to(self.adapter.on.like.device)
+        weigh = batch.position < WEIGHED
+        source, seconds_source = self._measured("source", self.adapter.source, images, weigh)
+        answer, seconds = self._measured("adapted", self.adapter.adapt, images, weigh)
+        self.first_failure = self.first_failure or (
+            answer.reason if answer.outcome == "rolled back" else ""
+        )
+        logits = answer.logits.cpu()
+        error, error_source = self.scores.add(logits, source.cpu(), batch.labels, batch.domains)
+        return {
+            "position": batch.position,
+            "domain": "+".join(dict.fromkeys(batch.domains)),
+            "n_images": len(batch.labels),
+            "n_refused": sum(reason is not None for reason in answer.refusals),
+            "error": round(error, 6),
+            "error_source": round(error_source, 6),
+            "outcome": str(answer.outcome),
+            "n_selected": answer.num_selected,
+            "n_forward": answer.num_forward,
+            "n_backward": answer.num_backward,
+            "digest": hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16],
+            "reason": _reasons(answer, batch),
+            "seconds": round(seconds, 4),
+            "seconds_source": round(seconds_source, 4),
+        }
+
+    def _measured(
+        self, who: str, function: Callable[[Tensor], Any], images: Tensor, weigh: bool
+    ) -> tuple[Any, float]:
+        """What a function makes of a batch, and seconds; adds up time and keeps peak memory."""
+        footprint = Footprint()
+        started = time.perf_counter()
+        with footprint if weigh else nullcontext():
+            result = function(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        seconds = time.perf_counter() - started
+        self.seconds[who] += seconds
+        self.bytes[who] = max(self.bytes[who], footprint.peak)
+        return result, seconds
+
+    def _save(self) -> None:
+        """Save everything as one; a disk that fails does not stop the stream."""
+        saved = self.adapter.state_dict()
+        tensors = with_part(with_part({}, "adapter", saved["state"]), "scores", self.scores.tensors)
+        items = {
+            "counts": saved["counts"],
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "num_unsaved": self.num_unsaved,
+            "first_failure": self.first_failure,
+        }
+        try:
+            self.store.save(tensors, items)
+        except OSError as error:
+            self.num_unsaved += 1
+            warnings.warn(
+                f"the state at batch {self.adapter.counts.position} could not be saved ({error}); "
+                "adapting goes on in memory, the last saved state is whole",
+                stacklevel=2,
+            )
+
+    def items(self) -> dict[str, Any]:
+        """The results, for `metrics.json`; call it when the stream has ended."""
+        counts = self.adapter.counts
+        images = max(counts.images - counts.refused, 1)
+        return {
+            **self.scores.summary(),
+            "n_batches": counts.position,
+            "n_adapted": counts.adapted,
+            "n_skipped": counts.skipped,
+            "n_rolled_back": counts.rolled_back,
+            "n_reset": counts.reset,
+            "n_unsaved": self.num_unsaved,
+            "first_failure": self.first_failure,
+            "n_forward": counts.forward,
+            "n_backward": counts.backward,
+            "selected_share": counts.selected / images,
+            "seconds_adaptation": round(self.seconds["adapted"], 3),
+            "seconds_source": round(self.seconds["source"], 3),
+            "seconds_ratio": self.seconds["adapted"] / max(self.seconds["source"], 1e-9),
+            "state_bytes": sum(value.nbytes for value in self.adapter.state.values()),
+            **memory_items(self.adapter, self.bytes["adapted"], self.bytes["source"]),
+        }
+
+
+def memory_items(adapter: Adapter, peak: int, peak_source: int) -> dict[str, int | float]:
+    """Bytes of adapting and of inference: model, first and present state, peak of a batch."""
+    model = adapter.on.model
+    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    states = [*adapter.initial.values(), *adapter.state.values()]
+    adapted = weights + sum(value.nbytes for value in states) + peak
+    source = weights + peak_source
+    return {
+        "memory_bytes": adapted,
+        "memory_source_bytes": source,
+        "memory_ratio": adapted / source,
+    }
+
+
+def _reasons(answer: Answer, batch: StreamBatch) -> str:
+    """Why the step failed, if it did, and why images were refused: their file's fault first."""
+    refused = zip(batch.faults, answer.refusals, strict=True)
+    return "; ".join(filter(None, [answer.reason, *(fault or why for fault, why in refused)]))
+
+
+def _is_before(row: dict[str, Any], position: int) -> bool:
+    """Whether a row of the table is whole and of a batch before `position`."""
+    return row.get(COLUMNS[-1]) is not None and int(row["position"]) < position
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    part_file = path.with_suffix(".part")
+    with open(part_file, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part_file, path)

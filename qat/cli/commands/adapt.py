@@ -1,0 +1,276 @@
+"""`adapt`: test-time adaptation over a stream of corrupted images, beside the unadapted model."""
+
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from qat import checkpoint as files
+from qat.cli.adaptation import Adaptation
+from qat.cli.commands.common import (
+    add_run_arguments,
+    add_training_arguments,
+    arguments_of,
+    check_coverage,
+    console,
+    keep_recipe,
+    make_data,
+    make_judge,
+    make_module,
+    model_items,
+    prepare,
+    recipe_name,
+    resumes,
+    run_items,
+    show,
+    trainer_arguments,
+)
+from qat.cli.grid import add_grid_arguments, continuing, grid_table, run_grid
+from qat.cli.plots import stream_plot
+from qat.cli.progress import RunJournal
+from qat.cli.run_folder import RunFolder
+from qat.cli.trackers import finish, report, trackers
+from qat.component import describe
+from qat.data.corrupted import CorruptedImages, Generated
+from qat.data.protocols import StreamProtocol
+from qat.data.streams import Stream
+from qat.lightning.data import VisionData
+from qat.lightning.training import Initialise
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.tta import Adapter, Guard, Method
+from qat.tta.store import SLOTS, Store
+
+HELP = "adapt a model to a stream of corrupted images, and compare it with the model left alone"
+ROWS = {
+    "mean error, without adaptation": ("error_source_mean", "{:.4f}"),
+    "mean error": ("error_mean", "{:.4f}"),
+    "worst error": ("error_worst", "{:.4f}"),
+    "largest loss against no adaptation": ("loss_worst", "{:+.4f}"),
+    "batches adapted": ("n_adapted", "{:,}"),
+    "batches rolled back": ("n_rolled_back", "{:,}"),
+    "resets": ("n_reset", "{:,}"),
+    "images refused": ("n_refused", "{:,}"),
+    "images sent backward": ("n_backward", "{:,}"),
+    "seconds, over those without adaptation": ("seconds_ratio", "{:.2f}"),
+    "bytes of state": ("state_bytes", "{:,}"),
+    "peak memory, over that without adaptation": ("memory_ratio", "{:.2f}"),
+}
+COLUMNS = {
+    "error_source_mean": 4, "error_mean": 4, "error_worst": 4, "loss_worst": 4,
+    "error_class_mean": 4, "ece_mean": 4, "n_reset": 1, "seconds_ratio": 1, "memory_ratio": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """The stream of a recipe.
+
+    Attributes:
+        protocol: Which corruption comes when.
+        style: Corruptions are generated from `data.val` as those of `imagenet` or `cifar`.
+        images: An official set in place of generated corruptions.
+        batch_size: Images a batch.
+        num_images: Images under each corruption, a random draw; null takes all.
+        num_workers: Processes that make batches ahead of time.
+        save_every: Batches between two saves of the state.
+    """
+
+    protocol: StreamProtocol
+    style: Literal["imagenet", "cifar"] = "imagenet"
+    images: CorruptedImages | None = None
+    batch_size: int = 50
+    num_images: int | None = None
+    num_workers: int = 0
+    save_every: int = 20
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of `adapt`: those of `quantize`, a method, a guard and a stream."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+    add_grid_arguments(parser)
+    add_adaptation_arguments(parser)
+
+
+def add_adaptation_arguments(parser: LightningArgumentParser) -> None:
+    """A method, a guard and a stream."""
+    parser.add_argument("--method", type=Method, help="Method of adaptation.")
+    parser.add_argument(
+        "--guard", type=Guard | None, default=None, help="Guard that watches the method."
+    )
+    parser.add_class_arguments(StreamSettings, "stream", instantiate=False)
+    parser.set_defaults(
+        {
+            "method": {"class_path": "qat.tta.Source"},
+            "stream.protocol": {"class_path": "qat.data.protocols.Continual"},
+        }
+    )
+
+
+def run(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Adapt once, or once for each choice of the grid, and print a table."""
+    folder = RunFolder.named(config.run_dir, recipe_name(config))
+    if config.grid is None:
+        adapt(parser, config, folder)
+        items = folder.read_metrics()
+        console.print(corruption_table(items))
+        show(items, ROWS, "Adaptation")
+    else:
+        compare(parser, config, folder)
+    console.print(f"run folder: {folder.path}")
+
+
+def adapt(
+    parser: LightningArgumentParser,
+    config: Namespace,
+    folder: RunFolder,
+    shared: Path | None = None,
+) -> None:
+    """Adapt one model over one stream, into a run folder.
+
+    Args:
+        parser: The parser of the command.
+        config: The configuration.
+        folder: The run folder.
+        shared: Where several runs keep the model that adapts; None keeps it in the run folder.
+    """
+    started = time.monotonic()
+    objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
+    resumed = resumes(parser, config, folder)
+    prepare(config)
+    data = make_data(parser, config)
+    device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
+    settings = StreamSettings(**arguments_of(parser, config, "stream"))
+    path = shared or folder.path / "model.ckpt"
+    kept = path.exists() and (resumed or shared is not None)
+    model, initialise = (files.load(path), None) if kept else _model(parser, config)
+    data.attach(expected_by(model), num_classes_of(model))
+    stream = make_stream(settings, data, model, config.seed_everything)
+    objects.method.parameters(model)  # refuses a model that it cannot adapt
+    check_coverage(model, config.require_coverage)
+    with trackers(parser, config, folder) as loggers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if initialise is None and not kept:
+            files.save(model, path)  # before the recipe, which does not name a checkpoint
+        keep_recipe(parser, config, folder)
+        if initialise is not None:
+            with RunJournal(path.parent, console) as journal:
+                initialise(model, data.calibration_batches(), journal)
+            journal.clear()
+            files.save(model, path)
+        model = files.load(path).to(device)
+        calibration = [images.to(device) for images in data.calibration_batches()]
+        seed = config.seed_everything
+        adapter = Adapter(model, objects.method, calibration, guard=objects.guard, seed=seed)
+        store = Store(folder.path, _identity(config, adapter, model, stream))
+        table = folder.path / "stream.csv"
+        adaptation = Adaptation(adapter, stream, store, table, settings.save_every)
+        if resumed:
+            _resume(adaptation)
+        with Progress(console=console, transient=True) as progress:
+            done, total = adapter.counts.position, len(stream)
+            task = progress.add_task("adapting", total=total, completed=done)
+
+            def after(row: dict[str, Any]) -> None:
+                progress.advance(task)
+                curves = {f"stream/{key}": value for key, value in row.items()}
+                report(loggers, curves, row["position"])
+
+            adaptation.run(after, settings.num_workers)
+        stream_plot(table, folder.path / "stream.png")
+        items = {
+            **run_items("adapt", config, started, device),
+            "resumed": resumed,
+            "method": describe(objects.method),
+            "guard": describe(objects.guard),
+            **adaptation.items(),
+            **model_items(model),
+        }
+        report(loggers, {f"error/{row['corruption']}": row["error"] for row in items["table"]})
+        finish(folder, loggers, items)
+
+
+def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
+    """Run every choice of the grid; models that several share are quantized once."""
+    started = time.monotonic()
+
+    def run_one(overlaid: Namespace, chosen: RunFolder) -> None:
+        keys = ("model", "data", "init", "seed_everything", "ckpt_path")
+        name = sha256(str([overlaid[key] for key in keys]).encode()).hexdigest()[:12]
+        shared = folder.path / "models" / f"{name}.ckpt"
+        adapt(parser, continuing(overlaid, chosen), chosen, shared)
+
+    rows: list[dict[str, Any]] = []
+    for rows in run_grid(parser, config, folder, run_one):
+        console.print(grid_table("Comparison", rows, list(config.grid), COLUMNS))
+    first = {key: rows[0][key] for key in ("device", "torch_version")}
+    table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
+    items = run_items("adapt", config, started, first["device"])
+    folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
+
+
+def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:
+    """The stream over the evaluation images of a recipe."""
+    images = settings.images or Generated(data.evaluation_source(), settings.style, seed)
+    return Stream(
+        images,
+        settings.protocol,
+        expected_by(model),
+        settings.batch_size,
+        seed,
+        settings.num_images,
+    )
+
+
+def _identity(
+    config: Namespace, adapter: Adapter, model: nn.Module, stream: Stream
+) -> dict[str, Any]:
+    """What must be the same for a saved state to be continued."""
+    settings = Namespace({"stream": config.stream, "seed": config.seed_everything})
+    return {
+        "model": files.digest(model.state_dict()),
+        "method": describe(adapter.method),
+        "guard": describe(adapter.guard),
+        "stream": str(settings.as_dict()),
+        "number of batches": len(stream),
+    }
+
+
+def _model(
+    parser: LightningArgumentParser, config: Namespace
+) -> tuple[nn.Module, Initialise | None]:
+    """The model that adapts, and how it gets its quantizers' state.
+
+    It is that of a checkpoint, or the recipe's, which alone has yet to be initialised.
+    """
+    if config.ckpt_path not in (None, "last"):
+        return files.load(config.ckpt_path), None
+    module = make_module(parser, config)
+    return module.model, module.initialise if config.model.plan is not None else None
+
+
+def _resume(adaptation: Adaptation) -> None:
+    """Continue where a state was saved; a run stopped before its first save starts anew."""
+    store = adaptation.store
+    if not any((store.folder / slot).exists() for slot in SLOTS):
+        return
+    for problem in adaptation.resume():
+        console.print(f"a saved state is left aside: {problem}", highlight=False)
+
+
+def corruption_table(items: dict[str, Any]) -> Table:
+    """What one run measured under each corruption."""
+    keys = ("error_source", "error", "error_class_mean", "ece_source", "ece")
+    table = Table("corruption", "images", "refused", *keys, title="Error", title_justify="left")
+    for row in items["table"]:
+        cells = [f"{row[key]:.4f}" for key in keys]
+        table.add_row(row["corruption"], str(row["n_images"]), str(row["n_refused"]), *cells)
+    return table

@@ -1,0 +1,241 @@
+"""`search`: bits for every component under a budget, written as a plan that other commands read."""
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from torch import Tensor, nn
+
+from qat.cli.commands.common import (
+    add_run_arguments,
+    add_training_arguments,
+    arguments_of,
+    check_coverage,
+    console,
+    keep_recipe,
+    make_data,
+    make_judge,
+    make_module,
+    model_items,
+    prepare,
+    recipe_name,
+    run_items,
+    show,
+    trainer_arguments,
+)
+from qat.cli.plots import frontier_plot, sensitivity_plot
+from qat.cli.progress import RunJournal
+from qat.cli.run_folder import RunFolder
+from qat.cli.trackers import finish, trackers
+from qat.cost.count import cost
+from qat.cost.latency import LatencyTable
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.quantizers import ObserverFactory
+from qat.search import pmq
+from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, hull, totals
+from qat.search.metrics import TokenFisher
+from qat.search.probe import Widths, probing
+from qat.search.sensitivity import Metric, Table, monotone
+
+HELP = "choose the bits of every component under a budget; writes a plan for fit and quantize"
+ROWS = {
+    "mean bits of weights": ("mean_bits_weight", "{:.2f}"),
+    "mean bits of activations, by MACs": ("mean_bits_activation", "{:.2f}"),
+    "points of the frontier": ("n_frontier", "{:,}"),
+    "seconds to initialise": ("seconds_initialise", "{:.1f}"),
+    "seconds of sensitivities": ("seconds_sensitivity", "{:.1f}"),
+    "seconds of the frontier": ("seconds_frontier", "{:.2f}"),
+    "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
+    "BOPs (MACs x bits x bits)": ("bops", "{:,}"),
+}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, how, and under which budget.
+
+    Attributes:
+        metric: Measures sensitivities, see `qat.search.metrics`.
+        weights: Allowed widths of weights, 1 to 8; 1 needs a factory such as BinaryQuantizers.
+        activations: Allowed widths of activations.
+        pairs: Any pair of widths in a product, or only equal ones.
+        measure: Unit of the budget: operations, bytes, or measured seconds an image.
+        budget: Most that the whole model may cost; None takes the knee of the frontier.
+        like: A plan whose cost is the budget, in place of a number.
+        latency_table: Measured seconds, for a budget in seconds.
+        allocate: Chooses within the budget; the frontier's point by default.
+        observer: Chooses the ranges of the widths tried; None leaves it to the quantizers.
+        num_grid_images: Calibration images that ranges are chosen on.
+        labels: Give the metric the labels of the calibration images.
+    """
+
+    metric: Metric = TokenFisher()  # noqa: RUF009 - a frozen value
+    weights: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    activations: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    pairs: Literal["any", "equal"] = "any"
+    measure: Literal["bops", "size_bytes", "seconds"] = "bops"
+    budget: float | None = None
+    like: str | None = None
+    latency_table: str | None = None
+    allocate: Allocate = best
+    observer: ObserverFactory | None = None
+    num_grid_images: int = 8
+    labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.like is not None:
+            raise ValueError("search.budget and search.like both state the budget; set one")
+
+
+def add_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of `search`: those of `fit`, and what is searched."""
+    add_run_arguments(parser)
+    add_training_arguments(parser)
+    parser.add_class_arguments(Search, "search", instantiate=False)
+
+
+def run(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Measure, choose, write the plan, and check that it loads and converts."""
+    started = time.monotonic()
+    folder = RunFolder.named(config.run_dir, recipe_name(config))
+    if folder.metrics.exists():
+        raise ValueError(f"run folder '{folder.path}' already holds a run; choose another")
+    prepare(config)
+    if config.model.plan is None:
+        raise ValueError(
+            "nothing to search: set model.plan to a plan whose operands the search may narrow, "
+            "such as configs/plans/all_w8a8.yaml"
+        )
+    settings = Search(**arguments_of(parser, config, "search"))
+    module, data = make_module(parser, config), make_data(parser, config)
+    model = module.model
+    space = pmq.Space(tuple(settings.weights), tuple(settings.activations), settings.pairs)
+    widths, costs = pmq.slots(model, space), cost(model)
+    table = settings.latency_table
+    price = pmq.cost_of(settings.measure, None if table is None else LatencyTable.load(table))
+    budget = _budget(parser, config, settings, price)
+    if budget is not None:  # before anything takes time
+        check_budget(budget, *pmq.reach(costs, widths, space, settings.measure, price))
+    data.attach(expected_by(model), num_classes_of(model))
+    judge = make_judge(trainer_arguments(parser, config), folder)
+    device = judge.strategy.root_device
+    model.to(device)
+    batches = [images.to(device) for images in data.calibration_batches()]
+    labels = data.calibration_labels() if settings.labels else None
+    with trackers(parser, config, folder) as loggers:
+        keep_recipe(parser, config, folder)
+        with RunJournal(folder.path, console) as journal:
+            begun = time.monotonic()
+            module.initialise(model, batches, journal)
+            measured = time.monotonic()
+            omega = _sensitivities(settings, model, widths, torch.cat(batches), labels)
+            solved = time.monotonic()
+            task = pmq.problem(costs, omega, space, settings.measure, price)
+            front = frontier(task.components)
+            picks = _picks(settings, task, front, budget, config.seed_everything)
+            done = time.monotonic()
+        chosen = pmq.chosen_bits(task.components, picks, omega)
+        plan = pmq.plan_of(
+            model, chosen, pmq.reasons(task.components, picks, costs, settings.measure)
+        )
+        plan.save(folder.path / "plan.yaml")
+        spent, loss = totals(task.components, picks)
+        _write_sensitivities(folder.path, omega, chosen)
+        _write_frontier(folder.path, front, task, (spent, loss), settings.measure)
+        found = _converted(parser, config, folder.path / "plan.yaml")
+        check_coverage(found, config.require_coverage)
+        bits = pmq.mean_bits(cost(found))
+        items = {
+            **run_items("search", config, started, device),
+            "seconds_initialise": round(measured - begun, 3),
+            "seconds_sensitivity": round(solved - measured, 3),
+            "seconds_frontier": round(done - solved, 3),
+            "mean_bits_weight": bits[0],
+            "mean_bits_activation": bits[1],
+            "metric": type(settings.metric).__name__,
+            "measure": settings.measure,
+            "budget": budget,
+            "cost": spent + task.constant,
+            "loss": loss,
+            "n_calibration": sum(map(len, batches)),
+            "n_frontier": len(front.costs),
+            **model_items(found),
+        }
+        finish(folder, loggers, items)
+    rows = {f"cost, {settings.measure}": ("cost", "{:,.6g}"), **ROWS}
+    show(folder.read_metrics(), rows, "Search")
+    console.print(f"plan: {folder.path / 'plan.yaml'}")
+
+
+def _budget(
+    parser: LightningArgumentParser, config: Namespace, settings: Search, price: pmq.SiteCost
+) -> float | None:
+    if settings.like is None:
+        return settings.budget
+    return pmq.cost_under(settings.measure, price, _converted(parser, config, Path(settings.like)))
+
+
+def _sensitivities(
+    settings: Search,
+    model: nn.Module,
+    widths: Widths,
+    images: Tensor,
+    labels: Tensor | None,
+) -> Table:
+    """What every slot loses at each of its widths; no more at more bits."""
+    grids = images[: settings.num_grid_images]
+    with probing(model, grids, widths, settings.observer) as probes:
+        return monotone(settings.metric(model, probes, images, labels))
+
+
+def _picks(
+    settings: Search, task: pmq.Problem, front: Frontier, budget: float | None, seed: int
+) -> tuple[int, ...]:
+    """The choice of each component: within the budget, or at the knee where there is none."""
+    if budget is None:
+        return tuple(int(pick) for pick in front.picks[front.knee()])
+    return settings.allocate(task.components, budget - task.constant, seed)
+
+
+def _converted(parser: LightningArgumentParser, config: Namespace, plan: Path) -> nn.Module:
+    """The recipe's model under another plan."""
+    other = config.clone()
+    other.model.plan = str(plan)
+    return make_module(parser, other).model
+
+
+def _write_frontier(
+    folder: Path,
+    front: Frontier,
+    task: pmq.Problem,
+    point: tuple[float, float],
+    measure: pmq.Measure,
+) -> None:
+    _write_rows(folder / "frontier.csv", pmq.frontier_rows(front, task.constant, measure))
+    edge = hull(task.components)
+    frontier_plot(front, edge, task.constant, point, measure, folder / "frontier.png")
+
+
+def _write_sensitivities(folder: Path, omega: Table, chosen: dict[pmq.Slot, int]) -> None:
+    rows = [
+        {"module": slot.module, "operand": str(slot.operand), "bits": bits, "sensitivity": value,
+         "chosen": int(chosen[slot] == bits)}
+        for slot, row in omega.items()
+        for bits, value in row.items()
+    ]  # fmt: skip
+    _write_rows(folder / "sensitivity.csv", rows)
+    sensitivity_plot(omega, chosen, 4, folder / "sensitivity.png")
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,84 @@
+"""Experiment trackers: what a recipe names as `trainer.logger`, told of the run of any command.
+
+A tracker gets the recipe, and at the end the numbers of `metrics.json` under their own names. `fit`
+adds the curves of training, `adapt` a point a batch of the stream.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.loggers import Logger, WandbLogger
+
+from qat.cli.commands.common import arguments_of, console
+from qat.cli.run_folder import RunFolder, is_first_process
+
+
+@contextmanager
+def trackers(
+    parser: LightningArgumentParser, config: Namespace, folder: RunFolder
+) -> Iterator[list[Logger]]:
+    """The trackers of a recipe, told the recipe; they write into the run folder.
+
+    A W&B run ends with the block, so that the next one of this process is another. Where the block
+    raises, it is left to the end of the process, which marks it as failed.
+
+    A tracker that fails within the block is left out from there on, with a word to the user: the
+    run and its files do not depend on it.
+    """
+    config = config.clone()
+    _place(config, folder)
+    setting = arguments_of(parser, config, "trainer")["logger"]
+    several = setting if isinstance(setting, list | tuple) else [setting]
+    loggers = [logger for logger in several if isinstance(logger, Logger)]
+    for logger in loggers:
+        logger.log_hyperparams(yaml.safe_load(parser.dump(config, skip_validation=True)))
+    yield loggers
+    _tell(loggers, _end)
+
+
+def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> None:
+    """Write `metrics.json`, and tell its numbers to the trackers."""
+    folder.write_metrics(items)
+    report(loggers, items)
+
+
+def report(loggers: list[Logger], items: dict[str, Any], step: int | None = None) -> None:
+    """Tell trackers those of some items that are numbers."""
+    numbers = {key: float(x) for key, x in items.items() if type(x) in (int, float)}
+    _tell(loggers, lambda logger: logger.log_metrics(numbers, step))
+
+
+def _tell(loggers: list[Logger], call: Callable[[Logger], None]) -> None:
+    """Call every tracker, and drop those that fail."""
+    for logger in list(loggers):
+        try:
+            call(logger)
+        except Exception as error:  # trackers are of others, and many use a network
+            loggers.remove(logger)
+            name = type(logger).__name__
+            console.print(f"{name} failed and is left out from here on: {error}", highlight=False)
+
+
+def _end(logger: Logger) -> None:
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger) and is_first_process():
+        logger.experiment.finish()
+
+
+def _place(config: Namespace, folder: RunFolder) -> None:
+    """Let loggers write into the run folder; W&B keeps one identity when a run is resumed."""
+    loggers = config.trainer.logger
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = getattr(logger, "init_args", None)
+        if arguments is None:
+            continue
+        if arguments.get("save_dir") in (None, "."):
+            arguments["save_dir"] = str(folder.path)
+        if logger.class_path.endswith("WandbLogger"):
+            arguments["id"] = arguments.get("id") or folder.tracker_id()
+            arguments["name"] = arguments.get("name") or folder.path.name
+            logger["dict_kwargs"] = {"resume": "allow", **(logger.get("dict_kwargs") or {})}

@@ -1,0 +1,161 @@
+"""Recipes: how they build on each other, what they may refer to, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qat.cli.main import main, make_parser
+from qat.cli.recipe import load_recipe
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_recipe_without_base_is_its_own_yaml(tmp_path: Path) -> None:
+    text = "a: 1\nb: {c: [1, 2], d: null}\n"
+    assert load_recipe(_write(tmp_path / "r.yaml", text)) == yaml.safe_load(text)
+
+
+def test_base_merges_key_by_key_and_the_recipe_wins(tmp_path: Path) -> None:
+    _write(tmp_path / "below.yaml", "a: {x: 1, y: {p: 1, q: 2}}\nb: kept")
+    recipe = _write(tmp_path / "r.yaml", "base: below.yaml\na: {y: {q: 3}}\nc: new")
+    expected = {"a": {"x": 1, "y": {"p": 1, "q": 3}}, "b": "kept", "c": "new"}
+    assert load_recipe(recipe) == expected
+
+
+def test_later_base_wins_over_an_earlier_one(tmp_path: Path) -> None:
+    _write(tmp_path / "one.yaml", "a: 1\nb: 1\nc: 1")
+    _write(tmp_path / "two.yaml", "b: 2\nc: 2")
+    recipe = _write(tmp_path / "r.yaml", "base: [one.yaml, two.yaml]\nc: 3")
+    assert load_recipe(recipe) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_lists_and_null_replace_what_is_below(tmp_path: Path) -> None:
+    _write(tmp_path / "below.yaml", "a: [1, 2, 3]\nb: {x: 1}")
+    recipe = _write(tmp_path / "r.yaml", "base: below.yaml\na: [4]\nb: null")
+    assert load_recipe(recipe) == {"a": [4], "b": None}
+
+
+def test_another_class_path_replaces_the_whole_mapping(tmp_path: Path) -> None:
+    _write(tmp_path / "below.yaml", "m: {class_path: A, init_args: {x: 1}}")
+    other = _write(tmp_path / "o.yaml", "base: below.yaml\nm: {class_path: B, init_args: {y: 2}}")
+    same = _write(tmp_path / "s.yaml", "base: below.yaml\nm: {class_path: A, init_args: {y: 2}}")
+    none = _write(tmp_path / "n.yaml", "base: below.yaml\nm: {init_args: {y: 2}}")
+    both = {"m": {"class_path": "A", "init_args": {"x": 1, "y": 2}}}
+    assert load_recipe(other) == {"m": {"class_path": "B", "init_args": {"y": 2}}}
+    assert load_recipe(same) == load_recipe(none) == both
+
+
+def test_later_files_are_laid_over_earlier_ones_before_any_is_parsed(tmp_path: Path) -> None:
+    method = _write(tmp_path / "a.yaml", "m: {class_path: A, init_args: {x: 1}}\nn: 1")
+    length = _write(tmp_path / "b.yaml", "m: {init_args: {y: 2}}\nn: 2")
+    both = {"m": {"class_path": "A", "init_args": {"x": 1, "y": 2}}, "n": 2}
+    assert load_recipe(method, length) == both
+
+
+def test_lists_of_a_grid_keep_the_order_of_the_recipe(tmp_path: Path) -> None:
+    grid = {"method": ["m.yaml"], "length": ["l.yaml"], "bits": ["b.yaml"]}
+    recipe = {"base": str(Path("configs/default.yaml").resolve()), "grid": grid}
+    path = _write(tmp_path / "r.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    parser, _ = make_parser()
+    parsed = parser.parse_args(["quantize", "--config", str(path)])
+    assert list(parsed["quantize"].grid) == list(grid)
+
+
+def test_bases_are_relative_to_the_recipe_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "a" / "deep" / "bottom.yaml", "x: 1")
+    _write(tmp_path / "a" / "middle.yaml", "base: deep/bottom.yaml\ny: 2")
+    recipe = _write(tmp_path / "b" / "r.yaml", "base: ../a/middle.yaml\nz: 3")
+    monkeypatch.chdir("/")
+    assert load_recipe(recipe) == {"x": 1, "y": 2, "z": 3}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_cycle_is_refused(length: int, tmp_path: Path) -> None:
+    for i in range(length):
+        _write(tmp_path / f"{i}.yaml", f"base: {(i + 1) % length}.yaml")
+    with pytest.raises(ValueError, match=r"recipe '.*0\.yaml' builds on itself"):
+        load_recipe(tmp_path / "0.yaml")
+
+
+def test_base_that_two_bases_share_is_no_cycle(tmp_path: Path) -> None:
+    _write(tmp_path / "root.yaml", "a: 1")
+    _write(tmp_path / "left.yaml", "base: root.yaml\nb: 1")
+    _write(tmp_path / "right.yaml", "base: root.yaml\nc: 1")
+    recipe = _write(tmp_path / "r.yaml", "base: [left.yaml, right.yaml]")
+    assert load_recipe(recipe) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_missing_recipe_lists_what_the_folder_holds(tmp_path: Path) -> None:
+    _write(tmp_path / "present.yaml", "a: 1")
+    with pytest.raises(ValueError, match=r"no recipe '.*absent\.yaml'.*holds .*present\.yaml"):
+        load_recipe(tmp_path / "absent.yaml")
+    recipe = _write(tmp_path / "r.yaml", "base: gone/absent.yaml")
+    with pytest.raises(ValueError, match=r"no recipe '.*gone/absent\.yaml'; see configs/"):
+        load_recipe(recipe)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- 1", "list"), ("word", "str"), ("", "NoneType")])
+def test_recipe_that_is_no_mapping_is_refused(text: str, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"must be a mapping, got {kind}"):
+        load_recipe(_write(tmp_path / "r.yaml", text))
+
+
+def test_file_that_is_no_yaml_is_refused_by_name(tmp_path: Path) -> None:
+    broken = _write(tmp_path / "broken.yaml", "a: [1")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (broken, binary):
+        with pytest.raises(ValueError, match=rf"recipe '.*{path.name}' is no YAML"):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize("base", ["3", "{a: 1}", "[[x.yaml]]"])
+def test_base_that_is_no_list_of_files_is_refused(base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base"):
+        load_recipe(_write(tmp_path / "r.yaml", f"base: {base}"))
+
+
+def test_environment_variable_that_is_unset_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOWBIT_TEST_UNSET", raising=False)
+    recipe = _write(tmp_path / "r.yaml", "run_dir: ${oc.env:LOWBIT_TEST_UNSET}/x")
+    with pytest.raises(ValueError, match=r"r\.yaml.*LOWBIT_TEST_UNSET") as caught:
+        load_recipe(recipe)
+    assert "\n" not in str(caught.value)
+    assert main(["fit", "--config", str(recipe)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "LOWBIT_TEST_UNSET" in line
+
+
+def test_assets_folder_that_is_unset_comes_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOWBIT_ASSETS", raising=False)
+    recipe = _write(tmp_path / "r.yaml", "run_dir: ${oc.env:LOWBIT_ASSETS}/x")
+    with pytest.raises(ValueError, match=r"LOWBIT_ASSETS.*set it to the folder of the assets"):
+        load_recipe(recipe)
+
+
+def test_environment_and_keys_of_the_recipe_are_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWBIT_TEST_SET", "/data")
+    _write(tmp_path / "below.yaml", "a: {b: 3}\npath: '${oc.env:LOWBIT_TEST_SET}/${a.b}'")
+    recipe = _write(
+        tmp_path / "r.yaml", "base: below.yaml\na: {b: 4}\nc: ${a.b}\nd: '${oc.env:NOT_SET,x}'"
+    )
+    expected = {"a": {"b": 4}, "path": "/data/4", "c": 4, "d": "x"}
+    assert load_recipe(recipe) == expected
+
+
+def test_reference_to_a_missing_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"recipe '.*r\.yaml'.*no_such"):
+        load_recipe(_write(tmp_path / "r.yaml", "a: ${no_such.key}"))
