@@ -12,7 +12,6 @@ already are not run again.
 import argparse
 import csv
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from sensitivity import unpack
 from torch import Tensor, nn
 
 from qat import convert_
-from qat.cli.commands.common import make_data, make_module
-from qat.cli.main import make_parser
+from qat.cli.main import open_session
 from qat.cost.count import cost
 from qat.models import num_classes_of
 from qat.plan import Plan
@@ -46,34 +44,15 @@ CHOICES = {
 }
 
 
-def uniform(bits: int) -> Plan:
-    """`configs/plans/all_w8a8.yaml` at another width; the image keeps eight bits."""
-    rules = []
-    for rule in Plan.load("configs/plans/all_w8a8.yaml"):
-        specs = {
-            op.value: replace(spec, bits=bits) for op in rule.operands if (spec := rule.spec(op))
-        }
-        if rule.pattern == "patch_embed.proj":
-            specs.pop("input")  # keeps that of the file
-        rules.append(replace(rule, **specs))
-    return Plan(tuple(rules))
-
-
 class Bench:
     """A recipe's model, its calibration images, and images to evaluate."""
 
     def __init__(self, config: str, seed: int, limit: int) -> None:
-        parser, parsers = make_parser()
-        self.parser = parsers["quantize"]
-        words = ["quantize", "--config", config, "--data.num_calibration", "96"]
-        self.settings = parser.parse_args([*words, "--seed_everything", str(seed)])["quantize"]
-        self.settings.model.plan = None
-        template: Any = make_module(self.parser, parser.parse_args(words)["quantize"]).model
-        self.make: QuantizerFactory = template.conversion.make_quantizer
-        module, data = (
-            make_module(self.parser, self.settings),
-            make_data(self.parser, self.settings),
-        )
+        words = ("--config", config, "--data.num_calibration", "96", "--seed_everything", str(seed))
+        session = open_session("quantize", *words)
+        self.session = session.changed({"model.plan": None})
+        self.make: QuantizerFactory = session.model().conversion.make_quantizer
+        module, data = self.session.module(), self.session.data()
         data.attach(expected_by(module.model), num_classes_of(module.model))
         self.initialise, self.journal = module.initialise, module.journal
         # The first 32 judge metrics, the last 32 are the first draw, see benchmarks/sensitivity.py.
@@ -84,7 +63,7 @@ class Bench:
 
     def model(self, plan: Plan) -> nn.Module:
         """The float model, converted."""
-        model = make_module(self.parser, self.settings).model
+        model = self.session.model()
         convert_(model, plan, self.make)
         return model
 
@@ -127,7 +106,7 @@ def searched(
         slot: {b: v for b, v in row.items() if b >= narrowest or slot.operand is Operand.WEIGHT}
         for slot, row in table.items()
     }
-    template = bench.model(uniform(8))
+    template = bench.model(Plan.uniform(8, 8))
     costs, space = cost(template), pmq.Space()
     task = pmq.problem(costs, table, space, "bops", pmq.cost_of("bops", None))
     picks = allocate(task.components, budget - task.constant, seed)
@@ -154,8 +133,8 @@ def main() -> None:
     top1 = (bench.exact.argmax(1) == bench.labels).float().mean()
     print(f"float top-1 {top1:.4f} of {len(bench.labels)}")
     for bits in arguments.bits:
-        budget = cost(bench.model(uniform(bits))).bops
-        plans: dict[str, Any] = {"uniform": partial(uniform, bits)}
+        budget = cost(bench.model(Plan.uniform(bits, bits))).bops
+        plans: dict[str, Any] = {"uniform": partial(Plan.uniform, bits, bits)}
         for name in arguments.choices:
             metric, allocate, seed = CHOICES[name]
             plans[name] = partial(

@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import qat
 from qat.cli.commands.adapt import StreamSettings, make_stream
-from qat.cli.commands.common import arguments_of, make_data
-from qat.cli.main import make_parser
+from qat.cli.main import open_session
 from qat.data.streams import StreamBatch
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
@@ -32,13 +30,12 @@ class Bench:
         self, path: str, recipe: str, parts: list[str] | None = None, seed: int = 0, **changes: int
     ) -> None:
         self.seed = seed
-        self.parser = make_parser()[1]["adapt"]
         self.words = ["--config", recipe, "--seed_everything", str(seed), *configs(parts or [])]
         self.model = qat.load(path)
-        config = self.parser.parse_args(self.words)
-        self.data = make_data(self.parser, config)
+        session = open_session("adapt", *self.words)
+        self.data = session.data()
         self.data.attach(expected_by(self.model), num_classes_of(self.model))
-        settings = StreamSettings(**arguments_of(self.parser, config, "stream"))
+        settings = StreamSettings(**session.section("stream"))
         self.stream = make_stream(replace(settings, **changes), self.data, self.model, seed)
 
     @cached_property
@@ -48,8 +45,8 @@ class Bench:
 
     def adapter(self, parts: str) -> Adapter:
         """The model with the method, and the guard, of parts such as `tent+guarded`."""
-        config = self.parser.parse_args([*self.words, *configs(parts.split("+"))])
-        made: Any = self.parser.instantiate(config)
+        session = open_session("adapt", *self.words, *configs(parts.split("+")))
+        made = session.objects("method", "guard")
         calibration = self.data.calibration_batches()
         return Adapter(self.model, made.method, calibration, guard=made.guard, seed=self.seed)
 

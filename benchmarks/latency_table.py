@@ -16,8 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from qat.cli.commands.common import make_module
-from qat.cli.main import make_parser
+from qat.cli.main import open_session
 from qat.cost.count import Site, cost
 from qat.cost.latency import COLUMNS
 
@@ -55,10 +54,8 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.num_threads)
-    main_parser, parsers = make_parser()
-    settings = main_parser.parse_args(["search", "--config", arguments.config])["search"]
-    settings.model.plan = None
-    model = make_module(parsers["search"], settings).model
+    session = open_session("search", "--config", arguments.config)
+    model = session.changed({"model.plan": None}).model()
     num_tokens = int(model.pos_embed.shape[1])  # type: ignore[union-attr]
     num_heads = int(model.blocks[0].attn.num_heads)  # type: ignore[index,union-attr]
     measured: dict[tuple[int, ...], tuple[float, float]] = {}

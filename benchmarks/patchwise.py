@@ -8,9 +8,10 @@ One calibrated model for each uniform width; each ranking then runs on it.
 import argparse
 
 import torch
-from allocation import Bench, uniform
+from allocation import Bench
 
 from qat.patchwise import ClassAttention, Inverse, PatchBits, RandomOrder, patchwise
+from qat.plan import Plan
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(arguments.config, arguments.seed, arguments.limit)
     for bits in arguments.bits:
-        model = bench.quantized(uniform(bits))
+        model = bench.quantized(Plan.uniform(bits, bits))
         print(f"w{bits}a{bits} uniform", bench.row(model), flush=True)
         for first in arguments.first_block:
             for spread in arguments.spread:

@@ -20,8 +20,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from qat.cli.commands.common import make_data, make_module
-from qat.cli.main import make_parser
+from qat.cli.main import open_session
 from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import PercentileMSE, quantizers
@@ -76,13 +75,9 @@ def unpack(items: dict[str, dict[str, float]]) -> Table:
 
 def prepare(config: str, draws: int, draw: int) -> tuple[nn.Module, Tensor, list[Tensor]]:
     """The initialised model, the images of M6, and those of each draw."""
-    parser, parsers = make_parser()
-    words = ["quantize", "--config", config, "--data.num_calibration", str(32 * (draws + 2))]
-    settings = parser.parse_args([*words, "--seed_everything", str(draw)])["quantize"]
-    module, data = (
-        make_module(parsers["quantize"], settings),
-        make_data(parsers["quantize"], settings),
-    )
+    words = ("--data.num_calibration", str(32 * (draws + 2)), "--seed_everything", str(draw))
+    session = open_session("quantize", "--config", config, *words)
+    module, data = session.module(), session.data()
     data.attach(expected_by(module.model), num_classes_of(module.model))
     judged, initial, *others = torch.cat(data.calibration_batches()).split(32)
     module.initialise(module.model, [initial], module.journal)

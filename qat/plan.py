@@ -14,6 +14,7 @@ dots.
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -139,6 +140,24 @@ class Plan:
         ]
 
     @staticmethod
+    def uniform(weight: int, activation: int) -> "Plan":
+        """Every product at one width of weights and one of activations, the image on 8 bits.
+
+        Weights have a scale for each output channel; all grids have a zero point.
+
+        Raises:
+            ValueError: If a width is impossible.
+        """
+        weights = QuantSpec(weight, False, Granularity.PER_CHANNEL)
+        image, low = QuantSpec(8, False), QuantSpec(activation, False)
+        return Plan(
+            (
+                Rule("patch_embed.proj", weight=weights, input=image),
+                Rule("*", weights, low, query=low, key=low, attention=low, value=low),
+            )
+        )
+
+    @staticmethod
     def load(path: str | Path) -> "Plan":
         """Read a plan file.
 
@@ -148,7 +167,9 @@ class Plan:
         try:
             return Plan.from_list(yaml.safe_load(Path(path).read_text()))
         except FileNotFoundError:
-            raise ValueError(f"no plan file '{path}'; ready ones are in configs/plans/") from None
+            raise ValueError(
+                f"no plan file '{path}'; w4a4 is the uniform plan, others are in configs/plans/"
+            ) from None
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"plan file '{path}': {error}") from None
 
@@ -158,8 +179,12 @@ class Plan:
 
 
 def load_plan(plan: str | list[dict[str, Any]]) -> Plan:
-    """A plan from what a recipe says: a file, or the rules themselves."""
-    return Plan.load(plan) if isinstance(plan, str) else Plan.from_list(plan)
+    """A plan from what a recipe says: a file, the rules, or `w4a4` for the uniform plan."""
+    if not isinstance(plan, str):
+        return Plan.from_list(plan)
+    if widths := re.fullmatch(r"w(\d+)a(\d+)", plan):
+        return Plan.uniform(int(widths[1]), int(widths[2]))
+    return Plan.load(plan)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -50,9 +50,8 @@ def test_there_are_recipes_and_plans_to_try() -> None:
 @pytest.mark.usefixtures("_dummy_folders")
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_recipe_is_accepted_by_the_parser_and_every_value_arrives(path: Path) -> None:
-    parser, _ = make_parser()
-    command = COMMANDS.get(path.parent.name, "fit")
-    config = parser.parse_args([command, "--config", str(path)])[command]
+    parser = make_parser(COMMANDS.get(path.parent.name, "fit"))
+    config = parser.parse_args(["--config", str(path)])
     recipe = load_recipe(path)
     assert config.trainer.max_epochs == recipe.get("trainer", {}).get("max_epochs")
     assert config.model.plan == recipe["model"].get("plan")

@@ -1,4 +1,11 @@
-"""Grids of recipes: every choice of one file of each list is laid over a recipe and run."""
+"""Grids of recipes: a choice of each axis is laid over a recipe and run, for every combination.
+
+An axis is a list of recipe files, whose names are those of its choices, or settings by name:
+
+    grid:
+      bits: {w4a4: {model: {plan: w4a4}}, w3a3: {model: {plan: w3a3}}}
+      method: [parts/repq.yaml, parts/mgrq.yaml]
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
@@ -6,57 +13,26 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from jsonargparse import Namespace
-from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
-from qat.cli.commands.common import console
-from qat.cli.recipe import load_recipe
+from qat.cli.console import console
+from qat.cli.recipe import Part, load_recipe
 from qat.cli.run_folder import RunFolder
+from qat.cli.session import Session
 
-RunOne = Callable[[Namespace, RunFolder], None]
-
-
-def add_grid_argument(parser: LightningArgumentParser) -> None:
-    """The argument of a command that goes through a grid of recipes."""
-    parser.add_argument(
-        "--grid",
-        type=dict[str, list[str]] | None,
-        default=None,
-        help="Lists of recipe files; every choice of one of each is laid over the recipe and run.",
-    )
+Axis = list[str] | Mapping[str, Part]
 
 
-def add_grid_arguments(parser: LightningArgumentParser) -> None:
-    """Arguments of a command that compares recipes."""
-    add_grid_argument(parser)
-    parser.add_argument("--draws", type=int, default=1, help="Seeds of each choice of the grid.")
-
-
-def choices(grid: dict[str, list[str]]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
-    """Every choice of one file of each list: the names of the files by key, and their paths."""
-    for paths in product(*grid.values()):
-        yield {key: Path(path).stem for key, path in zip(grid, paths, strict=True)}, paths
-
-
-def overlay(
-    parser: LightningArgumentParser, config: Namespace, paths: tuple[str, ...], seed: int
-) -> Namespace:
-    """The configuration with further recipe files, of which later ones win, laid over it."""
-    overlaid = config.clone()
-    overlaid.grid, overlaid.seed_everything = None, seed
-    return parser.parse_object(load_recipe(*paths), overlaid)
-
-
-def continuing(config: Namespace, folder: RunFolder) -> Namespace:
-    """The configuration, which continues the run of the folder where there is one."""
-    if folder.recipe.exists():
-        config.ckpt_path = "last"
-    return config
+def choices(grid: Mapping[str, Axis]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Every combination of one choice of each axis: their names by axis, and their recipe."""
+    axes = [_named(axis).items() for axis in grid.values()]
+    for chosen in product(*axes):
+        names = {axis: name for axis, (name, _) in zip(grid, chosen, strict=True)}
+        yield names, load_recipe(*(part for _, part in chosen))
 
 
 def run_grid(
-    parser: LightningArgumentParser, config: Namespace, folder: RunFolder, run_one: RunOne
+    session: Session, run_one: Callable[[Session], None]
 ) -> Iterator[list[dict[str, Any]]]:
     """Run every choice, each into a folder of its own; those that are done stay.
 
@@ -64,14 +40,20 @@ def run_grid(
         After each run the rows so far: names of the choice, and what the run measured.
     """
     rows: list[dict[str, Any]] = []
-    for names, paths in choices(config.grid):
-        for seed in range(config.seed_everything, config.seed_everything + config.draws):
-            chosen = RunFolder(folder.path / "-".join([*names.values(), str(seed)]))
-            if not chosen.metrics.exists():
+    for names, recipe in choices(session.config.grid):
+        for seed in range(session.seed, session.seed + session.config.draws):
+            folder = RunFolder(session.folder.path / "-".join([*names.values(), str(seed)]))
+            if not folder.metrics.exists():
                 console.rule(" ".join([*names.values(), f"seed {seed}"]))
-                run_one(overlay(parser, config, paths, seed), chosen)
-            rows.append({**names, **chosen.read_metrics(), **names})
+                chosen = session.changed({"grid": None, "seed_everything": seed})
+                run_one(chosen.overlaid(recipe).inside(folder))
+            rows.append({**names, **folder.read_metrics(), **names})
             yield rows
+
+
+def continuing(session: Session) -> Session:
+    """The session, which continues the run of its folder where there is one."""
+    return session.changed({"ckpt_path": "last"}) if session.folder.recipe.exists() else session
 
 
 def grid_table(
@@ -82,7 +64,7 @@ def grid_table(
     Args:
         title: Title of the table.
         rows: Names and measurements of each run.
-        keys: Lists of the grid.
+        keys: Axes of the grid.
         columns: What was measured, and digits to show; one or none goes without deviation.
     """
     table = Table(title=title, title_justify="left")
@@ -99,3 +81,7 @@ def grid_table(
             cells.append(f"{mean(values):,.{digits}f}{spread}" if values else "-")
         table.add_row(*names, str(len(group)), *cells)
     return table
+
+
+def _named(axis: Axis) -> Mapping[str, Part]:
+    return axis if isinstance(axis, Mapping) else {Path(path).stem: path for path in axis}

@@ -1,14 +1,19 @@
 """Recipes: YAML files that build on other YAML files.
 
-A recipe may start from others, named relative to itself, and states only what differs:
+A recipe may start from others, and states only what differs:
 
-    base: [../imagenet_vit_tiny.yaml, w4a4.yaml]
+    base: [../imagenet_vit_tiny.yaml, repq.yaml]
 
 Mappings merge key by key, later files win, and a mapping with another `class_path` replaces the
 one before. `${oc.env:NAME}` is an environment variable, `${key.of.the.recipe}` another value.
 A recipe may hold settings of several commands, such as `search`; each command reads its own.
+
+A path in a recipe is tried relative to the recipe that states it, then to the working directory. A
+value counts as a path where it holds a `/` or its key is one of `PATHS`.
 """
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +24,33 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat.plan import nearest
 
+PATHS = frozenset({"base", "plan", "root", "path", "teacher", "teacher_config", "judge_config"})
+OF_SOME_COMMANDS = frozenset({"grid", "draws", "patchwise", "search", "method", "guard", "stream"})
+"""Sections that not all commands have; the others leave them out."""
 
-def load_recipe(*paths: str | Path) -> dict[str, Any]:
+Part = str | Path | Mapping[str, Any]
+"""A recipe file, or settings as such."""
+
+
+def load_recipe(*parts: Part) -> dict[str, Any]:
     """The recipe in a file, with what it builds on merged in and every reference resolved.
 
-    Of several files the later ones are laid over the earlier ones.
+    Of several parts the later ones are laid over the earlier ones.
 
     Raises:
         ValueError: If a file or one it builds on is missing or no YAML mapping, or a reference
             cannot be resolved.
     """
     recipe: dict[str, Any] = {}
-    for path in paths:
-        recipe = _merge(recipe, _compose(Path(path)))
+    for part in parts:
+        composed = dict(part) if isinstance(part, Mapping) else _compose(Path(part))
+        recipe = _merge(recipe, composed)
     try:
         return OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         hint = "; set it to the folder of the assets" if "LOWBIT_ASSETS" in reason else ""
-        names = ", ".join(f"'{path}'" for path in paths)
+        names = ", ".join("settings" if isinstance(p, Mapping) else f"'{p}'" for p in parts)
         raise ValueError(f"recipe {names}: {reason}{hint}") from None
 
 
@@ -54,14 +67,46 @@ def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe '{path}' is no YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe '{path}' must be a mapping, got {type(recipe).__name__}")
+    if isinstance(grid := recipe.get("grid"), dict):
+        recipe["grid"] = {axis: _named(choices, path) for axis, choices in grid.items()}
+    return _with_bases(recipe, path, (*above, path.resolve()))
+
+
+def _named(choices: Any, path: Path) -> Any:
+    """An axis of a grid; settings among its choices may build on recipes, like a file."""
+    if not isinstance(choices, dict):
+        return _located("base", choices, path.parent)
+    return {
+        name: _with_bases(choice, path, (path.resolve(),))
+        if isinstance(choice, dict)
+        else _located("base", choice, path.parent)
+        for name, choice in choices.items()
+    }
+
+
+def _with_bases(recipe: dict[str, Any], path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Settings that a file states, laid over what they build on."""
+    recipe = _located("", recipe, path.parent)
     bases = recipe.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"recipe '{path}': base must be a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _compose(path.parent / base, (*above, path.resolve())))
+        merged = _merge(merged, _compose(Path(base), above))
     return _merge(merged, recipe)
+
+
+def _located(key: str, value: Any, folder: Path) -> Any:
+    """The value with every path that exists relative to the folder replaced by that file's."""
+    if isinstance(value, dict):
+        return {name: _located(str(name), item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_located(key, item, folder) for item in value]
+    if not isinstance(value, str) or not value or not ("/" in value or key in PATHS):
+        return value
+    path = os.path.normpath(folder / value)
+    return path if os.path.exists(path) else value
 
 
 def _merge(below: Any, above: Any) -> Any:
@@ -81,17 +126,18 @@ class RecipeFile(ActionConfigFile):
     @staticmethod
     def apply_config(parser: Any, cfg: Any, dest: str, value: str) -> None:
         """Compose the recipe at `value` and parse it in place of the file."""
+        known = [action.dest for action in parser._actions]
+        others = OF_SOME_COMMANDS - {dest.split(".")[0] for dest in known}
         try:
             recipe = load_recipe(value)
         except ValueError as error:
             raise TypeError(str(error)) from None
-        of_others = getattr(parser, "keys_of_other_commands", ())
-        recipe = {key: value for key, value in recipe.items() if key not in of_others}
+        recipe = {key: value for key, value in recipe.items() if key not in others}
         try:
-            _refuse_unknown(recipe, [action.dest for action in parser._actions])
+            _refuse_unknown(recipe, known)
         except ValueError as error:
             raise TypeError(f"recipe '{value}': {error}") from None
-        text = yaml.safe_dump(recipe, sort_keys=False)  # the lists of a grid keep their order
+        text = yaml.safe_dump(recipe, sort_keys=False)  # the axes of a grid keep their order
         ActionConfigFile.apply_config(parser, cfg, dest, text)
         cfg[dest][-1] = value
 

@@ -9,18 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
-from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from qat.cli.commands.common import arguments_of, console
+from qat.cli.console import console
 from qat.cli.run_folder import RunFolder, is_first_process
+from qat.cli.session import Session
 
 
 @contextmanager
-def trackers(
-    parser: LightningArgumentParser, config: Namespace, folder: RunFolder
-) -> Iterator[list[Logger]]:
+def trackers(session: Session) -> Iterator[list[Logger]]:
     """The trackers of a recipe, told the recipe; they write into the run folder.
 
     A W&B run ends with the block, so that the next one of this process is another. Where the block
@@ -29,13 +26,13 @@ def trackers(
     A tracker that fails within the block is left out from there on, with a word to the user: the
     run and its files do not depend on it.
     """
-    config = config.clone()
-    _place(config, folder)
-    setting = arguments_of(parser, config, "trainer")["logger"]
+    session = _placed(session)
+    setting = session.changed({"trainer.callbacks": None}).section("trainer")["logger"]
     several = setting if isinstance(setting, list | tuple) else [setting]
     loggers = [logger for logger in several if isinstance(logger, Logger)]
     for logger in loggers:
-        logger.log_hyperparams(yaml.safe_load(parser.dump(config, skip_validation=True)))
+        told = session.parser.dump(session.config, skip_validation=True)
+        logger.log_hyperparams(yaml.safe_load(told))
     yield loggers
     _tell(loggers, _end)
 
@@ -69,8 +66,9 @@ def _end(logger: Logger) -> None:
         logger.experiment.finish()
 
 
-def _place(config: Namespace, folder: RunFolder) -> None:
+def _placed(session: Session) -> Session:
     """Let loggers write into the run folder; W&B keeps one identity when a run is resumed."""
+    config, folder = session.config.clone(), session.folder
     loggers = config.trainer.logger
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         arguments = getattr(logger, "init_args", None)
@@ -82,3 +80,4 @@ def _place(config: Namespace, folder: RunFolder) -> None:
             arguments["id"] = arguments.get("id") or folder.tracker_id()
             arguments["name"] = arguments.get("name") or folder.path.name
             logger["dict_kwargs"] = {"resume": "allow", **(logger.get("dict_kwargs") or {})}
+    return session.changed({"trainer": config.trainer})

@@ -69,6 +69,51 @@ def predict(
     return Prediction(times, eps, noise)
 
 
+def noise_errors(
+    model: nn.Module,
+    images: Float[Tensor, "images c h w"],
+    labels: Int[Tensor, " images"],
+    schedule: NoiseSchedule,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, " images"]:
+    """Mean squared error of the predicted noise of each image, at a random time step.
+
+    Args:
+        model: A `DiT`.
+        images: Clean images.
+        labels: Their classes.
+        schedule: The schedule of training.
+        generator: Draws time steps and noise; None takes the global one.
+    """
+    times = torch.randint(schedule.num_steps, (len(images),), generator=generator)
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    noisy = schedule.add_noise(images, noise, times)
+    return (model(noisy, times.to(images.device), labels) - noise).square().mean((1, 2, 3))
+
+
+def noisy_copies(
+    images: Float[Tensor, "images c h w"],
+    labels: Int[Tensor, " images"],
+    schedule: NoiseSchedule,
+    copies: int,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "noisy c h w"], Int[Tensor, " noisy"], Int[Tensor, " noisy"]]:
+    """Inputs of a diffusion model at all time steps: noisy images, their steps, their classes.
+
+    Args:
+        images: Clean images.
+        labels: Their classes.
+        schedule: The schedule of training.
+        copies: Noisy copies of each image, at time steps spread evenly over all.
+        generator: Draws which copy gets which time step, and the noise.
+    """
+    count = len(images) * copies
+    times = schedule.spread(count)[torch.randperm(count, generator=generator)]
+    images = images.repeat(copies, 1, 1, 1)
+    noise = torch.randn(images.shape, generator=generator)
+    return schedule.add_noise(images, noise, times), times, labels.repeat(copies)
+
+
 @torch.no_grad()
 def in_parts(
     sample: Callable[[Tensor, Tensor], Tensor], noise: Tensor, labels: Tensor

@@ -1,7 +1,7 @@
 """Diffusion models as a task: trained to predict noise, judged by errors and by samples."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,16 +9,16 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
-from torchvision.utils import save_image
 
 from qat import checkpoint as files
 from qat.calibrate import Batch
 from qat.diffusion.judge import Judge
-from qat.diffusion.measure import Prediction, Verdict, frechet, in_parts, judged, predict
+from qat.diffusion.look import Look, look_at
+from qat.diffusion.measure import Verdict, judged, noise_errors, noisy_copies
 from qat.diffusion.sampling import ddim, ddpm, guided
 from qat.diffusion.schedule import NoiseSchedule
 from qat.lightning.data import VisionData
-from qat.lightning.tasks import Form, Task
+from qat.lightning.tasks import Form, Remembered, Task
 from qat.lightning.training import Training
 from qat.train.losses import Objective
 
@@ -49,7 +49,7 @@ class NoisePrediction(Training):
         images, labels = batch
         withheld = torch.rand(len(labels), device=labels.device) < self.task.class_dropout
         labels = torch.where(withheld, self.model.num_classes, labels)  # type: ignore[call-overload]
-        loss = self._error(images, labels, None).mean()
+        loss = noise_errors(self.model, images, labels, self.task.schedule).mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -57,7 +57,8 @@ class NoisePrediction(Training):
         """The same, for noise and time steps that are the same in every epoch."""
         images, labels = batch
         generator = torch.Generator().manual_seed(EVALUATION_SEED + batch_idx)
-        self.noise_error(self._error(images, labels, generator))
+        errors = noise_errors(self.model, images, labels, self.task.schedule, generator)
+        self.noise_error(errors)
         self.num_images(len(labels))
         self.log("val/noise_error", self.noise_error, prog_bar=True)
         self.log("val/n_images", self.num_images)
@@ -65,13 +66,6 @@ class NoisePrediction(Training):
     def calibration_batches(self) -> Iterable[Any]:
         """Noisy images of all time steps."""
         return self.task.calibration_batches(self.trainer.datamodule)  # type: ignore[attr-defined]
-
-    def _error(self, images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
-        schedule = self.task.schedule
-        times = torch.randint(schedule.num_steps, (len(images),), generator=generator)
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        noisy = schedule.add_noise(images, noise, times)
-        return (self.model(noisy, times.to(images.device), labels) - noise).square().mean((1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -137,22 +131,20 @@ class Denoising(Task):
     def calibration_batches(self, data: VisionData) -> list[Batch]:
         """Noisy images with their time steps, all spread evenly, and their classes."""
         images = torch.cat(data.calibration_batches())
-        labels = data.calibration_labels()
         generator = torch.Generator().manual_seed(data.seed)
-        count = len(images) * self.calibration_times
-        times = self.schedule.spread(count)[torch.randperm(count, generator=generator)]
-        images = images.repeat(self.calibration_times, 1, 1, 1)
-        noise = torch.randn(images.shape, generator=generator)
-        noisy = self.schedule.add_noise(images, noise, times)
-        return [(noisy, times, labels.repeat(self.calibration_times))]
+        labels = data.calibration_labels()
+        return [noisy_copies(images, labels, self.schedule, self.calibration_times, generator)]
 
     def evaluate(
         self, model: nn.Module, data: VisionData, trainer: Trainer, folder: Path
     ) -> dict[str, Any]:
         """Noise errors and, where there is a judge, its verdict on samples."""
-        found = self._look(model.to(trainer.strategy.root_device).eval(), data)
+        device = trainer.strategy.root_device
+        judge = self._judge(device)
+        found = self._look(model.to(device).eval(), judge, data)
         found.save(folder / "samples.png")
-        return {**found.items(), "noise_error_by_time": found.by_time(self, None)}
+        items = found.items(_truth(judge, data))
+        return {**items, "noise_error_by_time": found.by_time(self.num_groups)}
 
     def compare(
         self,
@@ -161,42 +153,49 @@ class Denoising(Task):
         data: VisionData,
         trainer: Trainer,
         folder: Path,
+        remembered: Remembered,
     ) -> dict[str, Any]:
         """Both models' measures, and the distance between what they predict and generate."""
         device = trainer.strategy.root_device
-        exact = _remembered(self, original.to(device), data)
-        found = self._look(model, data)
+        judge = self._judge(device)
+        images, labels = data.evaluation_images(None)
+        real = files.digest({"images": images, "labels": labels})
+        key = (self, data.seed, files.digest(original.state_dict()), real)
+        exact = remembered(key, lambda: self._look(original.to(device), judge, data))
+        truth = remembered((self.judge, real), lambda: _truth(judge, data))
+        found = self._look(model, judge, data)
         found.save(folder / "samples.png")
         exact.save(folder / "samples_float.png")
-        gap = found.samples - exact.samples
-        items = {
-            **found.items(),
-            **{f"{key}_float": value for key, value in exact.items().items()},
-            "noise_gap": float(found.prediction.gaps(exact.prediction).mean()),
-            "sample_error": float(gap.norm() / exact.samples.norm()),
-            "noise_error_by_time": found.by_time(self, exact),
+        floats = {f"{key}_float": value for key, value in exact.items(truth).items()}
+        table = found.by_time(self.num_groups, exact)
+        return {
+            **found.items(truth),
+            **floats,
+            **found.departure(exact),
+            "noise_error_by_time": table,
         }
-        if found.classes is not None and exact.classes is not None:
-            items["agreement"] = float((found.classes == exact.classes).double().mean())
-        return items
 
-    def _look(self, model: nn.Module, data: VisionData) -> "Look":
-        device = next(model.parameters()).device
-        images, labels = (x.to(device) for x in data.evaluation_images(self.num_images))
-        generator = torch.Generator().manual_seed(EVALUATION_SEED + data.seed)
-        prediction = predict(model, images, labels, self.schedule, self.num_times, generator)
-        asked = torch.arange(self.num_samples, device=device) % int(model.num_classes)  # type: ignore[arg-type]
-        shape = (self.num_samples, *images.shape[1:])
-        noise = torch.randn(shape, generator=generator).to(device)
-        samples = in_parts(lambda x, y: self._sample(model, x, y), noise, asked)
+    def _judge(self, device: torch.device) -> Judge | None:
         if self.judge is None:
-            return Look(prediction, samples, asked, None, None)
+            return None
         judge = files.load(self.judge).to(device)
         assert isinstance(judge, Judge)
-        verdict = judged(judge, samples)
-        truth = _seen(self.judge, judge, data)
-        distance = frechet(verdict.features, truth.features)
-        return Look(prediction, samples, asked, verdict.classes, distance)
+        return judge
+
+    def _look(self, model: nn.Module, judge: Judge | None, data: VisionData) -> Look:
+        device = next(model.parameters()).device
+        images, labels = (x.to(device) for x in data.evaluation_images(self.num_images))
+        found = look_at(
+            model,
+            images,
+            labels,
+            self.schedule,
+            self._sample,
+            self.num_times,
+            self.num_samples,
+            EVALUATION_SEED + data.seed,
+        )
+        return found if judge is None else replace(found, verdict=judged(judge, found.samples))
 
     def _sample(self, model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
         estimate = guided(model, labels, self.guidance)
@@ -206,67 +205,9 @@ class Denoising(Task):
         return ddpm(estimate, noise, self.schedule, generator)
 
 
-@dataclass(frozen=True)
-class Look:
-    """What one model predicted and generated.
-
-    Attributes:
-        prediction: Noise predictions on real images.
-        samples: Generated images.
-        asked: The classes that were asked for.
-        classes: The classes that the judge saw; None without a judge.
-        distance: Fréchet distance of its features to those of real images; None without a judge.
-    """
-
-    prediction: Prediction
-    samples: Tensor
-    asked: Tensor
-    classes: Tensor | None
-    distance: float | None
-
-    def items(self) -> dict[str, Any]:
-        """Measures of the model."""
-        items: dict[str, Any] = {"noise_error": float(self.prediction.errors().mean())}
-        if self.classes is not None:
-            items["class_accuracy"] = float((self.classes == self.asked).double().mean())
-            items["frechet"] = self.distance
-        return items
-
-    def by_time(self, task: Denoising, exact: "Look | None") -> list[dict[str, Any]]:
-        """Noise errors by groups of time steps."""
-        table = []
-        size = task.schedule.num_steps // task.num_groups
-        for first in range(0, size * task.num_groups, size):
-            inside = (self.prediction.times >= first) & (self.prediction.times < first + size)
-            row: dict[str, Any] = {"first": first, "last": first + size - 1}
-            row["noise_error"] = float(self.prediction.errors()[inside].mean())
-            if exact is not None:
-                row["noise_error_float"] = float(exact.prediction.errors()[inside].mean())
-                row["noise_gap"] = float(self.prediction.gaps(exact.prediction)[inside].mean())
-            table.append(row)
-        return table
-
-    def save(self, path: Path) -> None:
-        """Write the samples as one image, a column for each class."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(self.samples[:100] / 2 + 0.5, path, nrow=10)
-
-
-_FLOAT: dict[tuple[Denoising, int, str], Look] = {}
-_TRUTH: dict[str, Verdict] = {}
-
-
-def _seen(path: str, judge: Judge, data: VisionData) -> Verdict:
-    """What a judge sees in all real images; looked at once for all the models of a grid."""
-    if path not in _TRUTH:
-        images, _ = data.evaluation_images(None)
-        _TRUTH[path] = judged(judge, images.to(next(judge.parameters()).device))
-    return _TRUTH[path]
-
-
-def _remembered(task: Denoising, original: nn.Module, data: VisionData) -> Look:
-    """What the float model gives; looked at once for all the models that a grid makes of it."""
-    key = (task, data.seed, files.digest(original.state_dict()))
-    if key not in _FLOAT:
-        _FLOAT[key] = task._look(original, data)
-    return _FLOAT[key]
+def _truth(judge: Judge | None, data: VisionData) -> Verdict | None:
+    """What a judge sees in all real images."""
+    if judge is None:
+        return None
+    images, _ = data.evaluation_images(None)
+    return judged(judge, images.to(next(judge.parameters()).device))

@@ -5,10 +5,10 @@ batches, for measures, and for the columns of their tables.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pytorch_lightning import Trainer
 from torch import nn
@@ -22,6 +22,22 @@ from qat.train.losses import Objective
 
 Form = tuple[str, str]
 """A key of `metrics.json`, and how its value is printed."""
+
+
+T = TypeVar("T")
+
+
+class Remembered:
+    """Results that several runs share, each under a key that says all it depends on."""
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Any] = {}
+
+    def __call__(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result under a key, made at the first call."""
+        if key not in self._results:
+            self._results[key] = make()
+        return self._results[key]
 
 
 class Task(ABC):
@@ -61,8 +77,12 @@ class Task(ABC):
         data: VisionData,
         trainer: Trainer,
         folder: Path,
+        remembered: Remembered,
     ) -> dict[str, Any]:
-        """Measures of a quantized model beside the float model it came from."""
+        """Measures of a quantized model beside the float model it came from.
+
+        What does not depend on the quantized model may be `remembered` for the next one.
+        """
 
 
 @dataclass(frozen=True)
@@ -109,6 +129,7 @@ class Classification(Task):
         data: VisionData,
         trainer: Trainer,
         folder: Path,
+        remembered: Remembered,
     ) -> dict[str, Any]:
         """Accuracy of both models, and how far the one departs from the other."""
         comparison = Comparison(model, original)

@@ -54,13 +54,7 @@ class Training(LightningModule):
         regularizer: Regularizer | None = None,
     ) -> None:
         super().__init__()
-        if model is None:
-            if checkpoint is None:
-                raise ValueError("set model.model, or model.teacher to start from its copy")
-            model = files.load(checkpoint)
-        if plan is not None:
-            convert(model, load_plan(plan), quantizer)
-        self.model = model
+        self.model = converted(model, checkpoint, plan, quantizer, convert)
         self.initialise = initialise
         self.journal: Journal = Journal()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
@@ -150,6 +144,27 @@ class Training(LightningModule):
 
     def _progress(self) -> float:
         return min(1.0, self.global_step / max(1, self.trainer.estimated_stepping_batches))
+
+
+def converted(
+    model: nn.Module | None,
+    checkpoint: str | None,
+    plan: str | list[dict[str, Any]] | None,
+    quantizer: Factory | QuantizerFactory,
+    convert: Convert,
+) -> nn.Module:
+    """The model of a recipe, its quantizers in place; the arguments are those of `Training`.
+
+    Raises:
+        ValueError: If there is neither a model nor a checkpoint.
+    """
+    if model is None:
+        if checkpoint is None:
+            raise ValueError("set model.model, or model.teacher to start from its copy")
+        model = files.load(checkpoint)
+    if plan is not None:
+        convert(model, load_plan(plan), quantizer)
+    return model
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

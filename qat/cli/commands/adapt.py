@@ -1,6 +1,5 @@
 """`adapt`: test-time adaptation over a stream of corrupted images, beside the unadapted model."""
 
-import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,28 +13,18 @@ from torch import nn
 
 from qat import checkpoint as files
 from qat.cli.adaptation import Adaptation
-from qat.cli.commands.common import (
+from qat.cli.arguments import (
+    add_draws_argument,
+    add_grid_argument,
     add_run_arguments,
     add_training_arguments,
-    arguments_of,
-    check_coverage,
-    console,
-    keep_recipe,
-    make_data,
-    make_judge,
-    make_module,
-    model_items,
-    prepare,
-    recipe_name,
-    resumes,
-    run_items,
-    show,
-    trainer_arguments,
 )
-from qat.cli.grid import add_grid_arguments, continuing, grid_table, run_grid
+from qat.cli.console import check_coverage, console, show
+from qat.cli.evaluation import model_items
+from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.plots import stream_plot
 from qat.cli.progress import RunJournal
-from qat.cli.run_folder import RunFolder
+from qat.cli.session import Session
 from qat.cli.trackers import finish, report, trackers
 from qat.component import describe
 from qat.data.corrupted import CorruptedImages, Generated
@@ -48,7 +37,6 @@ from qat.preprocessing import expected_by
 from qat.tta import Adapter, Guard, Method
 from qat.tta.store import SLOTS, Store
 
-HELP = "adapt a model to a stream of corrupted images, and compare it with the model left alone"
 ROWS = {
     "mean error, without adaptation": ("error_source_mean", "{:.4f}"),
     "mean error": ("error_mean", "{:.4f}"),
@@ -96,7 +84,8 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `adapt`: those of `quantize`, a method, a guard and a stream."""
     add_run_arguments(parser)
     add_training_arguments(parser)
-    add_grid_arguments(parser)
+    add_grid_argument(parser)
+    add_draws_argument(parser)
     add_adaptation_arguments(parser)
 
 
@@ -115,52 +104,44 @@ def add_adaptation_arguments(parser: LightningArgumentParser) -> None:
     )
 
 
-def run(parser: LightningArgumentParser, config: Namespace) -> None:
+def run(session: Session) -> None:
     """Adapt once, or once for each choice of the grid, and print a table."""
-    folder = RunFolder.named(config.run_dir, recipe_name(config))
-    if config.grid is None:
-        adapt(parser, config, folder)
-        items = folder.read_metrics()
+    if session.config.grid is None:
+        adapt(session)
+        items = session.folder.read_metrics()
         console.print(corruption_table(items))
         show(items, ROWS, "Adaptation")
     else:
-        compare(parser, config, folder)
-    console.print(f"run folder: {folder.path}")
+        compare(session)
+    console.print(f"run folder: {session.folder.path}")
 
 
-def adapt(
-    parser: LightningArgumentParser,
-    config: Namespace,
-    folder: RunFolder,
-    shared: Path | None = None,
-) -> None:
+def adapt(session: Session, shared: Path | None = None) -> None:
     """Adapt one model over one stream, into a run folder.
 
     Args:
-        parser: The parser of the command.
-        config: The configuration.
-        folder: The run folder.
+        session: The session.
         shared: Where several runs keep the model that adapts; None keeps it in the run folder.
     """
-    started = time.monotonic()
-    objects = parser.instantiate(Namespace({key: config[key] for key in ("method", "guard")}))
-    resumed = resumes(parser, config, folder)
-    prepare(config)
-    data = make_data(parser, config)
-    device = make_judge(trainer_arguments(parser, config), folder).strategy.root_device
-    settings = StreamSettings(**arguments_of(parser, config, "stream"))
-    path = shared or folder.path / "model.ckpt"
+    folder = session.folder.path
+    objects = session.objects("method", "guard")
+    resumed = session.resumes()
+    session.prepare()
+    data = session.data()
+    device = session.evaluator().strategy.root_device
+    settings = StreamSettings(**session.section("stream"))
+    path = shared or folder / "model.ckpt"
     kept = path.exists() and (resumed or shared is not None)
-    model, initialise = (files.load(path), None) if kept else _model(parser, config)
+    model, initialise = (files.load(path), None) if kept else _model(session)
     data.attach(expected_by(model), num_classes_of(model))
-    stream = make_stream(settings, data, model, config.seed_everything)
+    stream = make_stream(settings, data, model, session.seed)
     objects.method.parameters(model)  # refuses a model that it cannot adapt
-    check_coverage(model, config.require_coverage)
-    with trackers(parser, config, folder) as loggers:
+    check_coverage(model, session.config.require_coverage)
+    with trackers(session) as loggers:
         path.parent.mkdir(parents=True, exist_ok=True)
         if initialise is None and not kept:
             files.save(model, path)  # before the recipe, which does not name a checkpoint
-        keep_recipe(parser, config, folder)
+        session.keep_recipe()
         if initialise is not None:
             with RunJournal(path.parent, console) as journal:
                 initialise(model, data.calibration_batches(), journal)
@@ -168,11 +149,11 @@ def adapt(
             files.save(model, path)
         model = files.load(path).to(device)
         calibration = [images.to(device) for images in data.calibration_batches()]
-        seed = config.seed_everything
-        adapter = Adapter(model, objects.method, calibration, guard=objects.guard, seed=seed)
-        store = Store(folder.path, _identity(config, adapter, model, stream))
-        table = folder.path / "stream.csv"
-        adaptation = Adaptation(adapter, stream, store, table, settings.save_every)
+        adapter = Adapter(
+            model, objects.method, calibration, guard=objects.guard, seed=session.seed
+        )
+        store = Store(folder, _identity(session, adapter, model, stream))
+        adaptation = Adaptation(adapter, stream, store, folder / "stream.csv", settings.save_every)
         if resumed:
             _resume(adaptation)
         with Progress(console=console, transient=True) as progress:
@@ -185,9 +166,9 @@ def adapt(
                 report(loggers, curves, row["position"])
 
             adaptation.run(after, settings.num_workers)
-        stream_plot(table, folder.path / "stream.png")
+        stream_plot(adaptation.table, folder / "stream.png")
         items = {
-            **run_items("adapt", config, started, device),
+            **session.items(device),
             "resumed": resumed,
             "method": describe(objects.method),
             "guard": describe(objects.guard),
@@ -195,26 +176,25 @@ def adapt(
             **model_items(model),
         }
         report(loggers, {f"error/{row['corruption']}": row["error"] for row in items["table"]})
-        finish(folder, loggers, items)
+        finish(session.folder, loggers, items)
 
 
-def compare(parser: LightningArgumentParser, config: Namespace, folder: RunFolder) -> None:
+def compare(session: Session) -> None:
     """Run every choice of the grid; models that several share are quantized once."""
-    started = time.monotonic()
+    config = session.config
 
-    def run_one(overlaid: Namespace, chosen: RunFolder) -> None:
+    def run_one(chosen: Session) -> None:
         keys = ("model", "data", "init", "seed_everything", "ckpt_path")
-        name = sha256(str([overlaid[key] for key in keys]).encode()).hexdigest()[:12]
-        shared = folder.path / "models" / f"{name}.ckpt"
-        adapt(parser, continuing(overlaid, chosen), chosen, shared)
+        name = sha256(str([chosen.config[key] for key in keys]).encode()).hexdigest()[:12]
+        adapt(continuing(chosen), session.folder.path / "models" / f"{name}.ckpt")
 
     rows: list[dict[str, Any]] = []
-    for rows in run_grid(parser, config, folder, run_one):
+    for rows in run_grid(session, run_one):
         console.print(grid_table("Comparison", rows, list(config.grid), COLUMNS))
     first = {key: rows[0][key] for key in ("device", "torch_version")}
     table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
-    items = run_items("adapt", config, started, first["device"])
-    folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
+    items = session.items(first["device"])
+    session.folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
 
 
 def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:
@@ -231,10 +211,10 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
 
 
 def _identity(
-    config: Namespace, adapter: Adapter, model: nn.Module, stream: Stream
+    session: Session, adapter: Adapter, model: nn.Module, stream: Stream
 ) -> dict[str, Any]:
     """What must be the same for a saved state to be continued."""
-    settings = Namespace({"stream": config.stream, "seed": config.seed_everything})
+    settings = Namespace({"stream": session.config.stream, "seed": session.seed})
     return {
         "model": files.digest(model.state_dict()),
         "method": describe(adapter.method),
@@ -244,16 +224,15 @@ def _identity(
     }
 
 
-def _model(
-    parser: LightningArgumentParser, config: Namespace
-) -> tuple[nn.Module, Initialise | None]:
+def _model(session: Session) -> tuple[nn.Module, Initialise | None]:
     """The model that adapts, and how it gets its quantizers' state.
 
     It is that of a checkpoint, or the recipe's, which alone has yet to be initialised.
     """
+    config = session.config
     if config.ckpt_path not in (None, "last"):
         return files.load(config.ckpt_path), None
-    module = make_module(parser, config)
+    module = session.module()
     return module.model, module.initialise if config.model.plan is not None else None
 
 

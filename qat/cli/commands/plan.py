@@ -5,19 +5,13 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
 from qat import checkpoint as files
-from qat.cli.commands.common import (
-    add_run_arguments,
-    add_training_arguments,
-    check_coverage,
-    console,
-    make_module,
-)
-from qat.cli.grid import add_grid_argument, choices, overlay
+from qat.cli.arguments import add_grid_argument, add_run_arguments, add_training_arguments
+from qat.cli.console import check_coverage, console
+from qat.cli.grid import choices
 from qat.cli.recipe import load_recipe
+from qat.cli.session import Session
 from qat.cost.count import Cost, activation_bytes, cost
 from qat.cost.coverage import claim_lines, plan_table, totals_table
-
-HELP = "print every layer, its bits, and predicted bytes, operations and memory; touches no data"
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
@@ -27,44 +21,43 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_grid_argument(parser)
 
 
-def run(parser: LightningArgumentParser, config: Namespace) -> None:
+def run(session: Session) -> None:
     """Print the tables; for a grid, those of every choice that differs from the ones before."""
-    if config.grid is None:
-        show(config, build(parser, config))
+    if session.config.grid is None:
+        show(session, build(session))
         return
     shown: list[Cost] = []
-    for names, paths in choices(config.grid):
-        chosen = overlay(parser, config, paths, config.seed_everything)
-        model = build(parser, chosen)
+    for names, recipe in choices(session.config.grid):
+        chosen = session.overlaid(recipe)
+        model = build(chosen)
         if (costs := cost(model)) not in shown:
             shown.append(costs)
             console.rule(" ".join(names.values()))
             show(chosen, model)
 
 
-def show(config: Namespace, model: nn.Module) -> None:
+def show(session: Session, model: nn.Module) -> None:
     """Print the tables of one model."""
     costs = cost(model)
     float_model = files.build_model(model.recipe)  # type: ignore[arg-type]
     console.print(plan_table(costs))
-    check_coverage(model, config.require_coverage)
+    check_coverage(model, session.config.require_coverage)
     console.print(totals_table(costs, cost(float_model)))
-    for line in memory_lines(model, costs, config.data.batch_size):
+    for line in memory_lines(model, costs, session.config.data.batch_size):
         console.print(line)
     for line in claim_lines(str(model.recipe.get("name")), costs):  # type: ignore[union-attr]
         console.print(line, highlight=False)
 
 
-def build(parser: LightningArgumentParser, config: Namespace) -> nn.Module:
+def build(session: Session) -> nn.Module:
     """The converted model of a recipe, without its teacher and its data."""
+    config = session.config
     if config.ckpt_path is not None:
         return files.load(config.ckpt_path)
-    settings = config.model
-    if settings.model is None and settings.teacher is None and config.teacher_config:
-        recipe = load_recipe(config.teacher_config)
-        settings.model = Namespace(**recipe["model"]["model"])
-    settings.objective = parser.get_defaults().model.objective
-    return make_module(parser, config).model
+    if config.model.model is None and config.model.teacher is None and config.teacher_config:
+        recipe = load_recipe(config.teacher_config)  # the student will be a copy of this model
+        session = session.changed({"model.model": Namespace(**recipe["model"]["model"])})
+    return session.model()
 
 
 def memory_lines(model: nn.Module, costs: Cost, batch_size: int) -> list[str]:

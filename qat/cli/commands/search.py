@@ -8,30 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
-from qat.cli.commands.common import (
-    add_run_arguments,
-    add_training_arguments,
-    arguments_of,
-    check_coverage,
-    console,
-    keep_recipe,
-    make_data,
-    make_judge,
-    make_module,
-    model_items,
-    prepare,
-    recipe_name,
-    run_items,
-    show,
-    trainer_arguments,
-)
+from qat.cli.arguments import add_run_arguments, add_training_arguments
+from qat.cli.console import check_coverage, console, show
+from qat.cli.evaluation import model_items
 from qat.cli.plots import frontier_plot, sensitivity_plot
 from qat.cli.progress import RunJournal
-from qat.cli.run_folder import RunFolder
+from qat.cli.session import Session
 from qat.cli.trackers import finish, trackers
 from qat.cost.count import cost
 from qat.cost.latency import LatencyTable
@@ -44,7 +29,6 @@ from qat.search.metrics import TokenFisher
 from qat.search.probe import Widths, probing
 from qat.search.sensitivity import Metric, Table, monotone
 
-HELP = "choose the bits of every component under a budget; writes a plan for fit and quantize"
 ROWS = {
     "mean bits of weights": ("mean_bits_weight", "{:.2f}"),
     "mean bits of activations, by MACs": ("mean_bits_activation", "{:.2f}"),
@@ -101,37 +85,34 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(Search, "search", instantiate=False)
 
 
-def run(parser: LightningArgumentParser, config: Namespace) -> None:
+def run(session: Session) -> None:
     """Measure, choose, write the plan, and check that it loads and converts."""
-    started = time.monotonic()
-    folder = RunFolder.named(config.run_dir, recipe_name(config))
-    if folder.metrics.exists():
-        raise ValueError(f"run folder '{folder.path}' already holds a run; choose another")
-    prepare(config)
+    session.require_new()
+    session.prepare()
+    folder, config = session.folder.path, session.config
     if config.model.plan is None:
         raise ValueError(
             "nothing to search: set model.plan to a plan whose operands the search may narrow, "
-            "such as configs/plans/all_w8a8.yaml"
+            "such as w8a8"
         )
-    settings = Search(**arguments_of(parser, config, "search"))
-    module, data = make_module(parser, config), make_data(parser, config)
+    settings = Search(**session.section("search"))
+    module, data = session.module(), session.data()
     model = module.model
     space = pmq.Space(tuple(settings.weights), tuple(settings.activations), settings.pairs)
     widths, costs = pmq.slots(model, space), cost(model)
     table = settings.latency_table
     price = pmq.cost_of(settings.measure, None if table is None else LatencyTable.load(table))
-    budget = _budget(parser, config, settings, price)
+    budget = _budget(session, settings, price)
     if budget is not None:  # before anything takes time
         check_budget(budget, *pmq.reach(costs, widths, space, settings.measure, price))
     data.attach(expected_by(model), num_classes_of(model))
-    judge = make_judge(trainer_arguments(parser, config), folder)
-    device = judge.strategy.root_device
+    device = session.evaluator().strategy.root_device
     model.to(device)
     batches = [images.to(device) for images in data.calibration_batches()]
     labels = data.calibration_labels() if settings.labels else None
-    with trackers(parser, config, folder) as loggers:
-        keep_recipe(parser, config, folder)
-        with RunJournal(folder.path, console) as journal:
+    with trackers(session) as loggers:
+        session.keep_recipe()
+        with RunJournal(folder, console) as journal:
             begun = time.monotonic()
             module.initialise(model, batches, journal)
             measured = time.monotonic()
@@ -139,21 +120,21 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             solved = time.monotonic()
             task = pmq.problem(costs, omega, space, settings.measure, price)
             front = frontier(task.components)
-            picks = _picks(settings, task, front, budget, config.seed_everything)
+            picks = _picks(settings, task, front, budget, session.seed)
             done = time.monotonic()
         chosen = pmq.chosen_bits(task.components, picks, omega)
         plan = pmq.plan_of(
             model, chosen, pmq.reasons(task.components, picks, costs, settings.measure)
         )
-        plan.save(folder.path / "plan.yaml")
+        plan.save(folder / "plan.yaml")
         spent, loss = totals(task.components, picks)
-        _write_sensitivities(folder.path, omega, chosen)
-        _write_frontier(folder.path, front, task, (spent, loss), settings.measure)
-        found = _converted(parser, config, folder.path / "plan.yaml")
+        _write_sensitivities(folder, omega, chosen)
+        _write_frontier(folder, front, task, (spent, loss), settings.measure)
+        found = _under(session, folder / "plan.yaml")
         check_coverage(found, config.require_coverage)
         bits = pmq.mean_bits(cost(found))
         items = {
-            **run_items("search", config, started, device),
+            **session.items(device),
             "seconds_initialise": round(measured - begun, 3),
             "seconds_sensitivity": round(solved - measured, 3),
             "seconds_frontier": round(done - solved, 3),
@@ -168,18 +149,16 @@ def run(parser: LightningArgumentParser, config: Namespace) -> None:
             "n_frontier": len(front.costs),
             **model_items(found),
         }
-        finish(folder, loggers, items)
+        finish(session.folder, loggers, items)
     rows = {f"cost, {settings.measure}": ("cost", "{:,.6g}"), **ROWS}
-    show(folder.read_metrics(), rows, "Search")
-    console.print(f"plan: {folder.path / 'plan.yaml'}")
+    show(session.folder.read_metrics(), rows, "Search")
+    console.print(f"plan: {folder / 'plan.yaml'}")
 
 
-def _budget(
-    parser: LightningArgumentParser, config: Namespace, settings: Search, price: pmq.SiteCost
-) -> float | None:
+def _budget(session: Session, settings: Search, price: pmq.SiteCost) -> float | None:
     if settings.like is None:
         return settings.budget
-    return pmq.cost_under(settings.measure, price, _converted(parser, config, Path(settings.like)))
+    return pmq.cost_under(settings.measure, price, _under(session, settings.like))
 
 
 def _sensitivities(
@@ -204,11 +183,9 @@ def _picks(
     return settings.allocate(task.components, budget - task.constant, seed)
 
 
-def _converted(parser: LightningArgumentParser, config: Namespace, plan: Path) -> nn.Module:
+def _under(session: Session, plan: str | Path) -> nn.Module:
     """The recipe's model under another plan."""
-    other = config.clone()
-    other.model.plan = str(plan)
-    return make_module(parser, other).model
+    return session.changed({"model.plan": str(plan)}).model()
 
 
 def _write_frontier(

@@ -16,7 +16,7 @@ import yaml
 
 from qat import checkpoint as files
 from qat.cli.adaptation import Adaptation
-from qat.cli.commands import adapt
+from qat.cli.session import Session
 from qat.data.corrupted import Generated
 from qat.data.protocols import Continual, ResetEachShift
 from qat.data.reading import Unreadable
@@ -136,15 +136,15 @@ def test_run_on_a_checkpoint_stopped_at_its_start_continues_on_that_checkpoint(
 ) -> None:
     first = _adapt(recipe, tmp_path / "first")
 
-    def stop(*words: object) -> None:
-        exact(*words)
+    def stop(session: Session) -> None:
+        exact(session)
         raise KeyboardInterrupt
 
-    exact = adapt.keep_recipe
+    exact = Session.keep_recipe
     other = (*QUIET, "--model.plan", "configs/plans/all_w8a8.yaml")  # the checkpoint has W4A4
     words = ("adapt", "--config", recipe, "--run_dir", tmp_path / "run", *other)
     with monkeypatch.context() as patch:
-        patch.setattr(adapt, "keep_recipe", stop)
+        patch.setattr(Session, "keep_recipe", stop)
         assert runs.run(*words, "--ckpt_path", tmp_path / "first" / "model.ckpt") == 130
     assert runs.run(*words, "--ckpt_path", "last") == 0
     assert runs.metrics(tmp_path / "run")["table"] == first["table"]

@@ -61,9 +61,9 @@ def test_lists_of_a_grid_keep_the_order_of_the_recipe(tmp_path: Path) -> None:
     grid = {"method": ["m.yaml"], "length": ["l.yaml"], "bits": ["b.yaml"]}
     recipe = {"base": str(Path("configs/default.yaml").resolve()), "grid": grid}
     path = _write(tmp_path / "r.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    parser, _ = make_parser()
-    parsed = parser.parse_args(["quantize", "--config", str(path)])
-    assert list(parsed["quantize"].grid) == list(grid)
+    parser = make_parser("quantize")
+    parsed = parser.parse_args(["--config", str(path)])
+    assert list(parsed.grid) == list(grid)
 
 
 def test_bases_are_relative_to_the_recipe_that_names_them(

@@ -1,0 +1,93 @@
+"""Arguments that several commands have."""
+
+from typing import Any
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.cli import LightningArgumentParser
+
+from qat.lightning.data import VisionData
+from qat.lightning.modules import Distillation
+from qat.lightning.tasks import Task
+from qat.patchwise import PatchBits
+
+
+def add_run_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of every command that leaves a run folder."""
+    parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run.")
+    parser.add_argument("--seed_everything", type=int, default=0, help="Seed of everything.")
+    parser.add_argument(
+        "--num_threads",
+        type=int | None,
+        default=None,
+        help="Processor threads of torch; tiny models are fastest on one.",
+    )
+    parser.add_argument(
+        "--require_coverage",
+        type=float | None,
+        default=None,
+        help="Fail if a smaller share of the MACs runs below 16 bits.",
+    )
+    parser.add_argument(
+        "--ckpt_path", type=str | None, default=None, help="Checkpoint; fit also takes `last`."
+    )
+
+
+def add_training_arguments(parser: LightningArgumentParser) -> None:
+    """Arguments of a recipe: trainer, model, data, and the recipe of the teacher."""
+    parser.add_argument(
+        "--teacher_config",
+        type=str | None,
+        default=None,
+        help="Recipe that trains the teacher first, where model.teacher names none.",
+    )
+    parser.add_argument(
+        "--init",
+        type=str | None,
+        default=None,
+        help="Short for model.initialise, what sets the quantizers' starting state; such as "
+        "ptq_init.repq_vit.RepQViT.",
+    )
+    parser.add_argument(
+        "--judge_config",
+        type=str | None,
+        default=None,
+        help="Recipe that trains the judge of a task first, where task.judge names none.",
+    )
+    parser.add_subclass_arguments(Task, "task", help="What the model is for.")
+    parser.set_defaults({"task": {"class_path": "qat.lightning.tasks.Classification"}})
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults(
+        {
+            "trainer.enable_model_summary": False,
+            "trainer.use_distributed_sampler": False,
+            "trainer.log_every_n_steps": 10,
+        }
+    )
+    parser.add_class_arguments(Distillation, "model", instantiate=False)
+    parser.add_class_arguments(VisionData, "data", skip={"seed"}, instantiate=False)
+
+
+def add_patchwise_argument(parser: LightningArgumentParser) -> None:
+    """The argument of commands that evaluate a quantized model."""
+    parser.add_argument(
+        "--patchwise",
+        type=PatchBits | None,
+        default=None,
+        help="Spread each layer's activation bits over the patches of an image at inference.",
+    )
+
+
+def add_grid_argument(parser: LightningArgumentParser) -> None:
+    """The argument of a command that goes through a grid of recipes."""
+    parser.add_argument(
+        "--grid",
+        type=dict[str, list[str] | dict[str, dict[str, Any] | str]] | None,
+        default=None,
+        help="Axes of choices, each a list of recipe files or settings by name; every combination "
+        "is laid over the recipe and run.",
+    )
+
+
+def add_draws_argument(parser: LightningArgumentParser) -> None:
+    """The argument of a command that compares recipes."""
+    parser.add_argument("--draws", type=int, default=1, help="Seeds of each choice of the grid.")

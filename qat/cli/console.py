@@ -1,0 +1,46 @@
+"""What a command prints."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from qat.cli.run_folder import is_first_process
+from qat.cost.count import cost
+from qat.cost.coverage import coverage_lines, coverage_table
+
+WIDTH_OF_FILES = 160
+"""Columns where the output goes to a file, so that no table loses digits there."""
+
+console = Console(
+    quiet=not is_first_process(), width=None if sys.stdout.isatty() else WIDTH_OF_FILES
+)
+
+
+def show(items: dict[str, Any], rows: Mapping[str, tuple[str, str]], title: str = "Result") -> None:
+    """Print those of a run's results that a table has rows for."""
+    table = Table("", "value", title=title, title_justify="left")
+    for label, (key, form) in rows.items():
+        if key in items:
+            table.add_row(label, form.format(items[key]))
+    console.print(table)
+
+
+def check_coverage(model: nn.Module, required: float | None) -> None:
+    """Print the coverage of a model, and refuse one that is too low.
+
+    Raises:
+        ValueError: If less than `required` of the MACs runs below 16 bits.
+    """
+    costs = cost(model)
+    console.print(coverage_table(costs))
+    for line in coverage_lines(model, costs):
+        console.print(line, highlight=False)
+    if required is not None and costs.coverage_macs < required:
+        raise ValueError(
+            f"coverage is {costs.coverage_macs:.4f} of the MACs, below the required {required}; "
+            "the lines above list what stayed in float and why"
+        )

@@ -1,0 +1,38 @@
+"""Measures and costs of a model, for `metrics.json`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from pytorch_lightning import Trainer
+from torch import nn
+
+from qat.cli.session import Session
+from qat.cost.count import cost
+from qat.cost.coverage import cost_items
+from qat.lightning.data import VisionData
+from qat.models import num_classes_of
+from qat.patchwise import patchwise
+from qat.preprocessing import expected_by
+
+
+def evaluate(
+    session: Session, model: nn.Module, data: VisionData, evaluator: Trainer
+) -> dict[str, Any]:
+    """Measures of a model on the evaluation images, and its costs."""
+    data.attach(expected_by(model), num_classes_of(model))
+    measured = session.task().evaluate(model, data, evaluator, session.folder.path)
+    return measured | model_items(model)
+
+
+def model_items(model: nn.Module) -> dict[str, Any]:
+    """Costs of a model."""
+    return cost_items(cost(model))
+
+
+@contextmanager
+def patchwise_as_asked(session: Session, model: nn.Module) -> Iterator[None]:
+    """Patch-wise bits within the block, where the user asked for them."""
+    bits = session.objects("patchwise").patchwise
+    with nullcontext() if bits is None else patchwise(model, bits):
+        yield

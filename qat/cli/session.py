@@ -1,0 +1,200 @@
+"""A session: one command at work, from its configuration to the objects that the recipe names."""
+
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.loggers import Logger
+from torch import nn
+
+from qat.cli.run_folder import RunFolder
+from qat.lightning.data import VisionData
+from qat.lightning.tasks import Remembered, Task
+from qat.lightning.training import Training, converted
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command at work: its parser, its configuration, its run folder.
+
+    The configuration is never changed; `changed` gives another session.
+
+    Attributes:
+        command: Name of the command.
+        parser: Its parser.
+        config: Its configuration.
+        folder: Its run folder.
+        remembered: Results that the sessions of a grid share.
+        started: When it began, on the clock of `time.monotonic`.
+    """
+
+    command: str
+    parser: LightningArgumentParser
+    config: Namespace
+    folder: RunFolder
+    remembered: Remembered = field(default_factory=Remembered)
+    started: float = field(default_factory=time.monotonic)
+
+    @staticmethod
+    def begin(command: str, parser: LightningArgumentParser, config: Namespace) -> "Session":
+        """The session of a command, in the run folder that the user asked for."""
+        return Session(
+            command, parser, config, RunFolder.named(config.run_dir, _recipe_name(config))
+        )
+
+    def changed(self, settings: Mapping[str, Any]) -> "Session":
+        """The same session with some settings changed, by dotted key."""
+        config = self.config.clone()
+        for key, value in settings.items():
+            config[key] = value
+        return replace(self, config=config)
+
+    def overlaid(self, recipe: Mapping[str, Any]) -> "Session":
+        """The same session with a recipe laid over its configuration."""
+        return replace(self, config=self.parser.parse_object(dict(recipe), self.config.clone()))
+
+    def inside(self, folder: RunFolder) -> "Session":
+        """The same session in another run folder, begun now."""
+        return replace(self, folder=folder, started=time.monotonic())
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything."""
+        return self.config.seed_everything
+
+    def prepare(self) -> None:
+        """Set threads and seeds; to be called before anything is built."""
+        if self.config.num_threads is not None:
+            torch.set_num_threads(self.config.num_threads)
+        seed_everything(self.seed, verbose=False)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The arguments in a section of the recipe, their objects built."""
+        objects = self.parser.instantiate(Namespace({name: self.config[name]}))
+        return dict(objects[name].items(branches=True, nested=False))
+
+    def objects(self, *keys: str) -> Namespace:
+        """What some keys of the recipe name, built."""
+        return self.parser.instantiate(Namespace({key: self.config[key] for key in keys}))
+
+    def task(self) -> Task:
+        """What the model is for."""
+        return self.objects("task").task
+
+    def module(self) -> Training:
+        """The Lightning module; builds the model and loads the teacher."""
+        return self.task().module(**self.initialised().section("model"))
+
+    def model(self) -> nn.Module:
+        """The model alone, converted by the plan, without teacher and objective."""
+        made = self.section("model")
+        keys = ("model", "plan", "quantizer", "convert")
+        return converted(**{key: made[key] for key in keys}, checkpoint=made["teacher"])
+
+    def data(self) -> VisionData:
+        """The data module; reads the data."""
+        return VisionData(**self.section("data"), seed=self.seed)
+
+    def trainer(
+        self, loggers: Iterable[Logger] = (), callbacks: Iterable[Callback] = ()
+    ) -> Trainer:
+        """The trainer, with the recipe's callbacks before further ones."""
+        made = self.changed({"trainer.logger": False}).section("trainer")
+        made["callbacks"] = [*_as_list(made["callbacks"]), *callbacks]
+        return Trainer(**{**made, **self._place(), "logger": list(loggers)})
+
+    def evaluator(self) -> Trainer:
+        """A trainer that only evaluates, without callbacks."""
+        quiet = self.changed({"trainer.logger": False, "trainer.callbacks": None})
+        made = {**quiet.section("trainer"), **self._place()}
+        return Trainer(**{**made, "enable_checkpointing": False})
+
+    def initialised(self) -> "Session":
+        """The session with what `--init` is short for.
+
+        Raises:
+            ArgumentError: If there is no such initialiser.
+        """
+        if self.config.init is None:
+            return self
+        return self.overlaid({"model": {"initialise": {"class_path": self.config.init}}})
+
+    @property
+    def recipe(self) -> str:
+        """The recipe as YAML, without what says where and from which checkpoint it runs."""
+        settings = self.config.clone()
+        settings.ckpt_path = settings.config = settings.run_dir = None
+        return self.parser.dump(settings, skip_validation=True)
+
+    def keep_recipe(self) -> None:
+        """Keep the recipe in the run folder.
+
+        To be called once all is checked, so that a refused run leaves no folder behind.
+        """
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.recipe.write_text(self.recipe)
+
+    def require_new(self) -> None:
+        """Refuse a folder that holds a run.
+
+        Raises:
+            ValueError: If it does.
+        """
+        if self.folder.metrics.exists():
+            raise ValueError(f"run folder '{self.folder.path}' already holds a run; choose another")
+
+    def resumes(self) -> bool:
+        """Whether this run continues one in the folder.
+
+        Raises:
+            ValueError: If the folder holds a run that is complete, that nobody asked to continue,
+                or that had another recipe.
+        """
+        folder, resume = self.folder, self.config.ckpt_path == "last"
+        if folder.metrics.exists() or (folder.recipe.exists() and not resume):
+            raise ValueError(
+                f"run folder '{folder.path}' already holds a run; continue an incomplete one with "
+                "--ckpt_path last, or choose another --run_dir"
+            )
+        if not resume:
+            return False
+        if not folder.recipe.exists():
+            raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
+        if folder.recipe.read_text() != self.recipe:
+            raise ValueError(
+                f"the run in '{folder.path}' had another recipe; continue it with the one kept in "
+                "its config.yaml, or choose another --run_dir"
+            )
+        return True
+
+    def items(self, device: Any) -> dict[str, Any]:
+        """What every `metrics.json` says of its run."""
+        return {
+            "command": self.command,
+            "recipe": _recipe_name(self.config),
+            "seed": self.seed,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "device": str(device),
+            "processor": platform.processor() or platform.machine(),
+            "torch_version": str(torch.__version__),
+        }
+
+    def _place(self) -> dict[str, Any]:
+        return {"default_root_dir": str(self.folder.path)}
+
+
+def _recipe_name(config: Namespace) -> str:
+    """Name of the first recipe file, without folder and ending."""
+    paths = config.config or []
+    return Path(str(paths[0])).stem if paths else "flags"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []

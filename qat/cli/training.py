@@ -1,0 +1,144 @@
+"""A training run in a run folder, and the runs that must come before one."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from qat.cli.console import check_coverage, console
+from qat.cli.evaluation import evaluate, model_items
+from qat.cli.progress import RunJournal
+from qat.cli.run_folder import RunFolder, is_first_process
+from qat.cli.session import Session
+from qat.cli.trackers import finish, trackers
+from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
+from qat.lightning.data import VisionData
+from qat.lightning.training import Training
+from qat.models import num_classes_of
+from qat.preprocessing import expected_by
+from qat.quantizers import quantizers
+
+
+def train(session: Session) -> None:
+    """Train, evaluate, and write `metrics.json`; what has to be trained first comes first."""
+    resume = _checkpoint_to_resume(session)
+    session.initialised()  # a misspelt initialiser is refused before a teacher is trained
+    session.folder.path.mkdir(parents=True, exist_ok=True)
+    session = with_judge(with_teacher(session))
+    if resume is None and is_first_process():
+        session.keep_recipe()
+    session.prepare()
+    module, data = session.module(), session.data()
+    data.attach(expected_by(module.model), num_classes_of(module.model))
+    check_coverage(module.model, session.config.require_coverage)
+    tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
+    callbacks = [interrupt, *_checkpoints(session)]
+    if any(True for _ in quantizers(module.model)):
+        callbacks.append(tracker)
+    with trackers(session) as loggers:
+        csv_logger = session.folder.logger(None if resume is None else _step(resume))
+        trainer = session.trainer([csv_logger, *loggers], callbacks)
+        try:
+            with RunJournal(session.folder.path, console, waits=True) as module.journal:
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            module.journal.clear()
+            interrupted = interrupt.asked
+        except SystemExit:  # how Lightning ends after Ctrl-C, its checkpoint written
+            interrupted = True
+        if interrupted:
+            folder = session.folder.path
+            console.print(f"interrupted; continue with --run_dir {folder} --ckpt_path last")
+            raise KeyboardInterrupt
+        items = {
+            **session.items(trainer.strategy.root_device),
+            **_measured(session, module, data, session.evaluator()),
+            "epochs": trainer.current_epoch,
+            **tracker.summary(),
+        }
+        finish(session.folder, loggers, items)
+
+
+def with_teacher(session: Session) -> Session:
+    """The session with a checkpoint of the teacher, trained where the recipe says how.
+
+    It is trained in the folder `teacher` of the run folder, unless that is done.
+    """
+    config = session.config
+    if not config.teacher_config or config.model.teacher is not None:
+        return session
+    return session.changed(
+        {"model.teacher": _train_first(session, "teacher", config.teacher_config)}
+    )
+
+
+def with_judge(session: Session) -> Session:
+    """The session with a checkpoint of the task's judge, trained like a teacher, in `judge`.
+
+    Raises:
+        ValueError: If the recipe trains a judge for a task that knows none.
+    """
+    config = session.config
+    arguments = config.task.get("init_args") or Namespace()
+    if config.judge_config is None or arguments.get("judge") is not None:
+        return session
+    if "judge" not in arguments:
+        raise ValueError("judge_config has no effect: the task knows no judge; remove it")
+    path = _train_first(session, "judge", config.judge_config)
+    return session.changed({"task.init_args.judge": path})
+
+
+def _train_first(session: Session, name: str, recipe: str) -> str:
+    """A model's checkpoint; trains it in `<run folder>/<name>` unless that is done."""
+    first = RunFolder(session.folder.path / name)
+    if not first.metrics.exists():
+        words = ["--config", recipe, "--run_dir", str(first.path)]
+        words += ["--seed_everything", str(session.seed)]
+        if first.last.exists():
+            words += ["--ckpt_path", "last"]
+        console.rule(f"{name}: {recipe}")
+        config = session.parser.parse_args(words)
+        train(replace(session.inside(first), command="fit", config=config))
+        console.rule(f"{name} done")
+    return str(first.last)
+
+
+def _measured(
+    session: Session, module: Training, data: VisionData, evaluator: Trainer
+) -> dict[str, Any]:
+    """Measures and costs of the trained model, and those of its teacher as `<key>_teacher`."""
+    items = evaluate(session, module.model, data, evaluator)
+    if module.teacher is not None:
+        teacher = evaluate(session, module.teacher, data, evaluator)
+        kept = ("top1", "n_images", *model_items(module.teacher))
+        items |= {f"{key}_teacher": teacher[key] for key in kept}
+    return items
+
+
+def _checkpoints(session: Session) -> list[ModelCheckpoint]:
+    """The last state, written each epoch and on any exception, and the best one."""
+    monitor, mode = session.task().monitor
+    options: dict[str, Any] = {
+        "dirpath": session.folder.checkpoints,
+        "enable_version_counter": False,
+    }
+    return [
+        ModelCheckpoint(filename="last", save_on_exception=True, **options),
+        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **options),
+    ]
+
+
+def _checkpoint_to_resume(session: Session) -> Path | None:
+    """The checkpoint to resume from; None also where only a teacher has been trained so far."""
+    folder, path = session.folder, session.config.ckpt_path
+    begun = (folder.path / "teacher").is_dir() and not folder.last.exists()
+    if path == "last" and begun and not folder.metrics.exists():
+        return None
+    return folder.checkpoint_to_resume(path)
+
+
+def _step(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
