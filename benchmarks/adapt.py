@@ -47,7 +47,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", help="NAME=model.ckpt of quantize or adapt")
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--parts", nargs="+", default=["tent"], help="joined by +, such as a+b")
-    parser.add_argument("--stream", nargs="*", default=[], help="parts that change the stream")
+    parser.add_argument("--stream", nargs="*", default=[], help="choices that change the stream")
     parser.add_argument("--num_images", type=int, default=40)
     parser.add_argument("--batch_size", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

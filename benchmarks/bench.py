@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import qat
 from qat.cli.commands.adapt import StreamSettings, make_stream
+from qat.cli.grid import named
 from qat.cli.main import open_session
+from qat.cli.recipe import Part, compose, load_recipe
 from qat.data.streams import StreamBatch
 from qat.models import num_classes_of
+from qat.plan import nearest
 from qat.preprocessing import expected_by
 from qat.tta import Adapter
 
 RECIPE = "configs/tta/cifar10_vit_tiny.yaml"
-PARTS = "configs/tta/parts"
+GRIDS = ("compare", "compare_imagenet", "protocols", "forms")
 
 
 class Bench:
@@ -21,7 +25,7 @@ class Bench:
     Args:
         path: Its model.ckpt.
         recipe: A recipe of `configs/tta`.
-        parts: Names in `configs/tta/parts` that change the stream.
+        parts: Choices that change the stream, such as `correlated`; see `choice`.
         seed: Draws images, their order, and what corruptions and methods draw.
         changes: Settings of the stream in place of the recipe's.
     """
@@ -30,12 +34,12 @@ class Bench:
         self, path: str, recipe: str, parts: list[str] | None = None, seed: int = 0, **changes: int
     ) -> None:
         self.seed = seed
-        self.words = ["--config", recipe, "--seed_everything", str(seed), *configs(parts or [])]
+        session = open_session("adapt", "--config", recipe, "--seed_everything", str(seed))
+        self.session = session.overlaid(load_recipe(*map(choice, parts or [])))
         self.model = qat.load(path)
-        session = open_session("adapt", *self.words)
-        self.data = session.data()
+        self.data = self.session.data()
         self.data.attach(expected_by(self.model), num_classes_of(self.model))
-        settings = StreamSettings(**session.section("stream"))
+        settings = StreamSettings(**self.session.section("stream"))
         self.stream = make_stream(replace(settings, **changes), self.data, self.model, seed)
 
     @cached_property
@@ -44,13 +48,25 @@ class Bench:
         return list(self.stream.batches())
 
     def adapter(self, parts: str) -> Adapter:
-        """The model with the method, and the guard, of parts such as `tent+guarded`."""
-        session = open_session("adapt", *self.words, *configs(parts.split("+")))
-        made = session.objects("method", "guard")
+        """The model with the method, and the guard, of choices such as `tent+guarded`."""
+        recipe = load_recipe(*map(choice, parts.split("+")))
+        made = self.session.overlaid(recipe).objects("method", "guard")
         calibration = self.data.calibration_batches()
         return Adapter(self.model, made.method, calibration, guard=made.guard, seed=self.seed)
 
 
-def configs(parts: list[str]) -> list[str]:
-    """Arguments that name the files of parts."""
-    return [word for part in parts for word in ("--config", f"{PARTS}/{part}.yaml")]
+def choice(name: str) -> Part:
+    """The settings that a grid of `configs/tta` gives a name to.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    known = {
+        key: part
+        for recipe in GRIDS
+        for axis in compose(Path("configs/tta") / f"{recipe}.yaml")["grid"].values()
+        for key, part in named(axis).items()
+    }
+    if name not in known:
+        raise ValueError(f"no grid of configs/tta has '{name}'" + nearest(name, known))
+    return known[name]

@@ -24,7 +24,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="model.ckpt of quantize or adapt")
     parser.add_argument("--recipe", default=RECIPE)
-    parser.add_argument("--part", default="ttaq_tent", help="of configs/tta/parts")
+    parser.add_argument("--part", default="ttaq_tent", help="choices, see bench.choice")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--load", type=float, default=0.8, help="share of the measured capacity")

@@ -1,6 +1,6 @@
 """Forms of PEM and PCR on the four held-out corruptions, which is where TTAQ's may be chosen.
 
-    python benchmarks/ttaq_forms.py --plan configs/plans/all_w3a3.yaml \
+    python benchmarks/ttaq_forms.py --plan w3a3 \
         --form pem=none --form pem=A,pem_weight=0.03
 
 The CIFAR-10 ViT-Ti of the assets, calibrated on training images; test images, clean and under
@@ -110,7 +110,7 @@ def settings(form: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", default="configs/plans/all_w3a3.yaml")
+    parser.add_argument("--plan", default="w3a3")
     parser.add_argument("--form", action="append", default=[], help="settings of TTAQ, joined by ,")
     parser.add_argument("--num_steps", type=int, default=20)
     parser.add_argument("--num_calibration", type=int, default=96)

@@ -25,10 +25,15 @@ Axis = list[str] | Mapping[str, Part]
 
 def choices(grid: Mapping[str, Axis]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     """Every combination of one choice of each axis: their names by axis, and their recipe."""
-    axes = [_named(axis).items() for axis in grid.values()]
+    axes = [named(axis).items() for axis in grid.values()]
     for chosen in product(*axes):
         names = {axis: name for axis, (name, _) in zip(grid, chosen, strict=True)}
         yield names, load_recipe(*(part for _, part in chosen))
+
+
+def named(axis: Axis) -> Mapping[str, Part]:
+    """The choices of an axis by their names."""
+    return axis if isinstance(axis, Mapping) else {Path(path).stem: path for path in axis}
 
 
 def run_grid(
@@ -81,7 +86,3 @@ def grid_table(
             cells.append(f"{mean(values):,.{digits}f}{spread}" if values else "-")
         table.add_row(*names, str(len(group)), *cells)
     return table
-
-
-def _named(axis: Axis) -> Mapping[str, Part]:
-    return axis if isinstance(axis, Mapping) else {Path(path).stem: path for path in axis}

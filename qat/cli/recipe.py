@@ -43,7 +43,7 @@ def load_recipe(*parts: Part) -> dict[str, Any]:
     """
     recipe: dict[str, Any] = {}
     for part in parts:
-        composed = dict(part) if isinstance(part, Mapping) else _compose(Path(part))
+        composed = dict(part) if isinstance(part, Mapping) else compose(Path(part))
         recipe = _merge(recipe, composed)
     try:
         return OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)  # type: ignore[return-value]
@@ -54,7 +54,16 @@ def load_recipe(*parts: Part) -> dict[str, Any]:
         raise ValueError(f"recipe {names}: {reason}{hint}") from None
 
 
-def _compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe in a file with what it builds on, its references not yet resolved.
+
+    Args:
+        path: The file.
+        above: Files that build on this one.
+
+    Raises:
+        ValueError: If a file is missing or no YAML mapping, or builds on itself.
+    """
     if path.resolve() in above:
         raise ValueError(f"recipe '{path}' builds on itself")
     try:
@@ -93,7 +102,7 @@ def _with_bases(recipe: dict[str, Any], path: Path, above: tuple[Path, ...]) -> 
         raise ValueError(f"recipe '{path}': base must be a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _compose(Path(base), above))
+        merged = _merge(merged, compose(Path(base), above))
     return _merge(merged, recipe)
 
 

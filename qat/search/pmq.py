@@ -79,7 +79,7 @@ def slots(model: nn.Module, space: Space) -> dict[Slot, tuple[int, ...]]:
     if not found:
         raise ValueError(
             "nothing to search: the recipe's plan quantizes nothing; set model.plan to a plan "
-            "whose operands the search may narrow, such as configs/plans/all_w8a8.yaml"
+            "whose operands the search may narrow, such as w8a8"
         )
     return found
 

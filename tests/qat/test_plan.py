@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat import Granularity, Operand, Plan, QuantSpec, Rule
-from qat.plan import OPERANDS
+from qat.plan import OPERANDS, load_plan
 from tests.strategies import specs
 
 LAYER = frozenset({Operand.WEIGHT, Operand.INPUT})
@@ -130,3 +130,20 @@ def test_spec_for_an_operand_that_no_module_has_is_refused() -> None:
 
 def test_spec_is_accepted_if_one_of_the_matched_modules_has_the_operand() -> None:
     Plan((Rule("*", weight=QuantSpec(4), query=QuantSpec(4)),)).check_applied(NAMES)
+
+
+def test_short_name_of_a_plan_is_the_uniform_plan_with_the_image_on_eight_bits() -> None:
+    plan = load_plan("w2a4")
+    assert plan == Plan.uniform(2, 4)
+    image, others = plan
+    weight = QuantSpec(2, False, Granularity.PER_CHANNEL)
+    low = QuantSpec(4, False)
+    assert (image.pattern, others.pattern) == ("patch_embed.proj", "*")
+    assert (image.weight, image.input) == (weight, QuantSpec(8, False))
+    assert image.operands == {Operand.WEIGHT, Operand.INPUT}
+    assert [others.spec(operand) for operand in Operand] == [weight, low, low, low, low, low]
+
+
+def test_short_name_of_an_impossible_width_is_refused_as_such() -> None:
+    with pytest.raises(ValueError, match="bits must be 1 to 16, got 99"):
+        load_plan("w99a4")

@@ -43,7 +43,7 @@ def recipe(tmp_path: Path, teacher: Path) -> Path:
     stream = {"style": "cifar", "protocol": protocol, "num_images": 40, "batch_size": 10}
     recipe = {
         "base": str(runs.ROOT / "configs/digits_teacher.yaml"),
-        "model": {"model": None, "teacher": str(teacher), "plan": "configs/plans/all_w4a4.yaml"},
+        "model": {"model": None, "teacher": str(teacher), "plan": "w4a4"},
         "method": TENT,
         "stream": {**stream, "save_every": 2},
     }
@@ -141,7 +141,7 @@ def test_run_on_a_checkpoint_stopped_at_its_start_continues_on_that_checkpoint(
         raise KeyboardInterrupt
 
     exact = Session.keep_recipe
-    other = (*QUIET, "--model.plan", "configs/plans/all_w8a8.yaml")  # the checkpoint has W4A4
+    other = (*QUIET, "--model.plan", "w8a8")  # the checkpoint has W4A4
     words = ("adapt", "--config", recipe, "--run_dir", tmp_path / "run", *other)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "keep_recipe", stop)

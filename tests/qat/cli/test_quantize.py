@@ -16,7 +16,7 @@ from tests import test_end_to_end as runs
 
 teacher = runs.teacher
 
-PLAN = "configs/plans/all_w4a4.yaml"
+PLAN = "w4a4"
 LOG = {
     "class_path": "qat.quantizers.PerOperand",
     "init_args": {"attention": "qat.quantizers.LogSqrt2"},

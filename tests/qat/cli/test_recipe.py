@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qat.cli.main import main, make_parser
-from qat.cli.recipe import load_recipe
+from qat.cli.grid import choices
+from qat.cli.main import COMMANDS, main, make_parser
+from qat.cli.recipe import OF_SOME_COMMANDS, load_recipe
 
 
 def _write(path: Path, text: str) -> Path:
@@ -74,6 +75,69 @@ def test_bases_are_relative_to_the_recipe_that_names_them(
     recipe = _write(tmp_path / "b" / "r.yaml", "base: ../a/middle.yaml\nz: 3")
     monkeypatch.chdir("/")
     assert load_recipe(recipe) == {"x": 1, "y": 2, "z": 3}
+
+
+def test_path_is_tried_relative_to_the_recipe_and_left_alone_where_nothing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/plans/mine.yaml", "a/photos/x.png", "a/train/x.png"):
+        _write(tmp_path / name, "")
+    text = """
+    model: {plan: plans/mine.yaml, teacher: elsewhere/last.ckpt}
+    data: {root: photos, split: train, list: [./photos, torch/cifar10]}
+    """
+    recipe = _write(tmp_path / "a" / "r.yaml", text)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "a"
+    assert load_recipe(recipe) == {
+        "model": {"plan": str(folder / "plans/mine.yaml"), "teacher": "elsewhere/last.ckpt"},
+        "data": {
+            "root": str(folder / "photos"),
+            "split": "train",
+            "list": [str(folder / "photos"), "torch/cifar10"],
+        },
+    }
+
+
+def test_base_that_is_not_beside_the_recipe_is_taken_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "here" / "below.yaml", "x: 1")
+    recipe = _write(tmp_path / "there" / "r.yaml", "base: below.yaml\ny: 2")
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_recipe(recipe) == {"x": 1, "y": 2}
+    _write(tmp_path / "there" / "below.yaml", "x: 3")
+    assert load_recipe(recipe) == {"x": 3, "y": 2}
+
+
+def test_choices_of_a_grid_are_files_or_settings_and_may_build_on_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "parts" / "m.yaml", "m: {class_path: M, init_args: {x: 1}}")
+    text = """
+    grid:
+      bits: {w4a4: {plan: w4a4}, w8a8: {plan: w8a8}}
+      method:
+        plain: parts/m.yaml
+        more: {base: parts/m.yaml, m: {init_args: {y: 2}}}
+      length: [parts/m.yaml]
+    """
+    recipe = _write(tmp_path / "r.yaml", text)
+    monkeypatch.chdir("/")
+    found = {"-".join(names.values()): part for names, part in choices(load_recipe(recipe)["grid"])}
+    assert list(found) == ["w4a4-plain-m", "w4a4-more-m", "w8a8-plain-m", "w8a8-more-m"]
+    assert found["w8a8-plain-m"] == {
+        "plan": "w8a8",
+        "m": {"class_path": "M", "init_args": {"x": 1}},
+    }
+    assert found["w4a4-more-m"]["m"]["init_args"] == {"x": 1, "y": 2}
+
+
+def test_sections_of_some_commands_are_those_of_their_parsers() -> None:
+    keys = [
+        {action.dest.split(".")[0] for action in make_parser(name)._actions} for name in COMMANDS
+    ]
+    assert set.union(*keys) - set.intersection(*keys) == OF_SOME_COMMANDS
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -24,12 +24,12 @@ def recipe(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_recipe(
         path,
         "configs/ptq/parts/repq.yaml",
-        model={"teacher": str(teacher), "plan": "configs/plans/all_w8a8.yaml"},
+        model={"teacher": str(teacher), "plan": "w8a8"},
         data={
             "train": {"class_path": "qat.data.sources.digits", "init_args": {"split": "train"}},
             "val": {"class_path": "qat.data.sources.digits", "init_args": {"split": "test"}},
         },
-        search={"like": "configs/plans/all_w4a4.yaml"},
+        search={"like": "w4a4"},
     )
 
 

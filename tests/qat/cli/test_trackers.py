@@ -15,14 +15,14 @@ teacher = runs.teacher
 COMMANDS: dict[str, dict[str, Any]] = {
     "fit": {"trainer": {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2}},
     "test": {},
-    "quantize": {"model": {"plan": "configs/plans/all_w4a4.yaml"}},
+    "quantize": {"model": {"plan": "w4a4"}},
     "search": {
-        "model": {"plan": "configs/plans/all_w8a8.yaml"},
+        "model": {"plan": "w8a8"},
         "data": {"num_calibration": 4},
-        "search": {"like": "configs/plans/all_w4a4.yaml", "weights": [4, 8], "activations": [4, 8]},
+        "search": {"like": "w4a4", "weights": [4, 8], "activations": [4, 8]},
     },
     "adapt": {
-        "model": {"plan": "configs/plans/all_w4a4.yaml"},
+        "model": {"plan": "w4a4"},
         "method": {"class_path": "qat.tta.Tent"},
         "stream": {
             "style": "cifar",

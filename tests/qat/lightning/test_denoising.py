@@ -43,9 +43,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, verdict: Path) -> Path:
     return folder
 
 
-def _recipe(path: Path, verdict: Path, *parts: str, **changes: Any) -> Path:
-    model = {"class_path": "qat.diffusion.build.dit"}
-    model["init_args"] = {"img_size": 8, "patch_size": 4, "dim": 32, "depth": 1, "num_heads": 2}
+PLANS = runs.ROOT / "configs/plans"
+
+
+def _recipe(path: Path, verdict: Path, part: str | None = None, **changes: Any) -> Path:
+    """A recipe; with a part, of a quantization to W4A4 by that method."""
+    build = {"class_path": "qat.diffusion.build.dit"}
+    build["init_args"] = {"img_size": 8, "patch_size": 4, "dim": 32, "depth": 1, "num_heads": 2}
+    model = {"model": build, **changes.pop("model", {})}
+    if part is not None:
+        model["plan"] = str(PLANS / "dit_w4a4.yaml")
     recipe = {
         "base": [str(runs.ROOT / "configs/dit/digits_float.yaml")],
         "judge_config": None,
@@ -53,10 +60,11 @@ def _recipe(path: Path, verdict: Path, *parts: str, **changes: Any) -> Path:
             "class_path": "qat.lightning.denoising.Denoising",
             "init_args": {"judge": str(verdict), **QUICK},
         },
-        "model": {"model": model},
+        "model": model,
         **changes,
     }
-    recipe["base"] += [str(PARTS / f"{part}.yaml") for part in parts]
+    if part is not None:
+        recipe["base"] += [str(PARTS / f"{part}.yaml")]
     path.write_text(yaml.safe_dump(recipe))
     return path
 
@@ -83,7 +91,7 @@ def test_fit_measures_noise_and_samples_and_its_checkpoint_loads(trained: Path) 
 def test_quantize_writes_the_contract_and_both_grids_of_samples(
     trained: Path, verdict: Path, tmp_path: Path
 ) -> None:
-    recipe = _recipe(tmp_path / "dit.yaml", verdict, "w4a4", "lrq", **_trained(trained))
+    recipe = _recipe(tmp_path / "dit.yaml", verdict, "lrq", **_trained(trained))
     found = _quantize(recipe, tmp_path / "run")
     keys = {"noise_error", "class_accuracy", "frechet", "size_bytes", "noise_gap", "agreement"}
     keys |= {"sample_error", "noise_error_float", "seconds_calibration", "coverage_macs", "bops"}
@@ -112,7 +120,9 @@ def test_grid_compares_methods_on_the_same_noise(
 ) -> None:
     recipe = _recipe(tmp_path / "dit.yaml", verdict, **_trained(trained))
     grid = {
-        "bits": [str(PARTS / f"{bits}.yaml") for bits in ("w8a8", "w3a4")],
+        "bits": {
+            bits: {"model": {"plan": str(PLANS / f"dit_{bits}.yaml")}} for bits in ("w8a8", "w3a4")
+        },
         "method": [str(PARTS / f"{method}.yaml") for method in ("rtn", "hadamard")],
     }
     words = ("--grid", yaml.safe_dump(grid, default_flow_style=True), "--draws", 2)
@@ -136,7 +146,6 @@ def test_judge_is_trained_once_in_the_run_folder(
     recipe = _recipe(
         tmp_path / "dit.yaml",
         verdict,
-        "w4a4",
         "rtn",
         judge_config=str(training),
         **_trained(trained),
@@ -203,7 +212,7 @@ def test_settings_without_effect_are_one_line_of_error(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = _recipe(tmp_path / "dit.yaml", verdict, "w4a4", "rtn")
+    recipe = _recipe(tmp_path / "dit.yaml", verdict, "rtn")
     command = ("quantize", "--config", recipe, "--run_dir", tmp_path / "run", *QUIET, *words)
     assert runs.run(*command) == 1
     line = capsys.readouterr().err
