@@ -1,5 +1,6 @@
 """What an import costs: nothing heavy before it is used."""
 
+import json
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ import qat
 def _loaded(code: str) -> set[str]:
     """Which heavy packages a program has imported at its end."""
     heavy = ("torch", "timm", "pytorch_lightning", "datasets", "jsonargparse", "numpy")
-    program = f"{code}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
+    listed = f"[name for name in {heavy} if name in sys.modules]"
+    program = f"{code}\nimport json, sys\nprint(json.dumps({listed}))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    return set(eval(found.stdout.splitlines()[-1]))
+    return set(json.loads(found.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize(

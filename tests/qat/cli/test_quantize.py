@@ -123,7 +123,7 @@ def test_grid_runs_every_choice_and_skips_those_that_are_done(
     repq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, bits in (("low", 3), ("high", 8)):
-        plan = f"configs/plans/all_w{bits}a{bits}.yaml"
+        plan = f"w{bits}a{bits}"
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"model": {"plan": plan}}))
     grid = {"bits": [str(tmp_path / "low.yaml"), str(tmp_path / "high.yaml")]}
     words = ("--grid", yaml.safe_dump(grid, default_flow_style=True), "--draws", 2)

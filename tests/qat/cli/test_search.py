@@ -184,7 +184,7 @@ def test_plan_shows_the_choices_of_a_grid(
 ) -> None:
     paths = []
     for bits in (3, 8, 8):
-        part = {"model": {"plan": f"configs/plans/all_w{bits}a{bits}.yaml"}}
+        part = {"model": {"plan": f"w{bits}a{bits}"}}
         paths.append(tmp_path / f"w{bits}_{len(paths)}.yaml")
         paths[-1].write_text(yaml.safe_dump(part))
     grid = tmp_path / "grid.yaml"
