@@ -133,7 +133,8 @@ class LRQDiT:
     Attributes:
         rotate: Chooses rotations; None rotates nothing.
         smooth: Whether channels are scaled first, as the authors' code always does. Where single
-            channels are salient nothing else helps; elsewhere it changes little (docs/log.md).
+            channels are salient nothing else helps; elsewhere it changes little
+            (docs/archive/log_2026-11.md).
     """
 
     rotate: Rotate | None = field(default_factory=AdaptiveRotation)

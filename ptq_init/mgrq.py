@@ -16,12 +16,12 @@ remaining float blocks make of O^_l, y the float logits; H_m the output of layer
 standard deviation tau_m, softmax over the channels; L_i0 a term at the first step of the block.
 
 Both forms of EBGS tie a block's output to the model's. The second learns the logits of few images
-by heart and loses accuracy on others, so the first is the default (docs/log.md).
+by heart and loses accuracy on others, so the first is the default (docs/archive/log_2026-11.md).
 
 N is the normalization of each token: with plain squared error the few tokens of huge norm decide
-everything from the middle of the network on (docs/log.md). Start: RepQ-ViT, its ranges searched
-with the same token-wise error. Provenance: **reconstruction** of OBWR, EBGS, IBLS and their
-fusion; no number of ours reproduces one of the paper's, whose tables were not available.
+everything from the middle of the network on (docs/archive/log_2026-11.md). Start: RepQ-ViT, its
+ranges searched with the same token-wise error. Provenance: **reconstruction** of OBWR, EBGS, IBLS
+and their fusion; no number of ours reproduces one of the paper's, whose tables were not available.
 """
 
 from collections.abc import Iterable

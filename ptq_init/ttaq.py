@@ -14,8 +14,8 @@ L_PEM and L_PCR. The third part, ABL, works online: `qat.tta`.
 Provenance: **reconstruction** of both parts. Certain is what they are for: a weight regularization
 that mitigates input perturbations, and consistent predictions for the same sample. Forms and
 weights were chosen on the four held-out corruptions, never on the benchmark's fifteen, by
-`benchmarks/ttaq_forms.py` (docs/log.md, "Forms of PEM and PCR again"): PCR-3 helps at three and
-two bits, PEM in no form.
+`benchmarks/ttaq_forms.py` (docs/archive/log_2026-11.md, "Forms of PEM and PCR again"): PCR-3 helps
+at three and two bits, PEM in no form.
 """
 
 from collections.abc import Iterable

@@ -12,7 +12,7 @@ Symbols: s = `scale`, alpha = `steepness`, beta = `centre` of the coarse zone. 0
 Form T1 searches the centre, form T2 fixes it at 1/2. The search minimises the squared error of A,
 weighted, over a histogram of all observed values, so that thousands of candidates cost one pass.
 Provenance: **reconstruction**. The tangent goes forward, not the arctangent: only then are the
-steps small at both ends. Form T3, the reverse, is refuted in docs/log.md.
+steps small at both ends. Form T3, the reverse, is refuted in docs/archive/log_2026-11.md.
 """
 
 import math

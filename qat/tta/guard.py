@@ -26,7 +26,7 @@ A shift can make the original sure of a few wrong classes. To contradict that is
 answers more diverse, which therefore excuses two margins of contradiction, but no more. Nor is a
 method that fails under one shift lost to the next, so between 1/4 and 2 it goes on, unheard.
 
-Not from a paper. The figures behind the settings are in docs/log.md.
+Not from a paper. The figures behind the settings are in docs/archive/log_2026-11.md.
 """
 
 from dataclasses import dataclass

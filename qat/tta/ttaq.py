@@ -19,8 +19,8 @@ Candidates, each in the place of a method's entropy, or of its cross-entropy wit
                                                     CE(z, q) w
     ABL4    losses as they are; answers z - o
 
-`docs/log.md` has the experiment on held-out corruptions that chose the recipes' form. The
-other two thirds of TTAQ, PEM and PCR, are losses of calibration.
+`docs/archive/log_2026-11.md` has the experiment on held-out corruptions that chose the recipes'
+form. The other two thirds of TTAQ, PEM and PCR, are losses of calibration.
 """
 
 from abc import abstractmethod

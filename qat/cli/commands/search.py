@@ -123,10 +123,8 @@ def run(session: Session) -> None:
             picks = _picks(settings, task, front, budget, session.seed)
             done = time.monotonic()
         chosen = pmq.chosen_bits(task.components, picks, omega)
-        plan = pmq.plan_of(
-            model, chosen, pmq.reasons(task.components, picks, costs, settings.measure)
-        )
-        plan.save(folder / "plan.yaml")
+        reasons = pmq.reasons(task.components, picks, costs, settings.measure)
+        pmq.plan_of(model, chosen, reasons).save(folder / "plan.yaml")
         spent, loss = totals(task.components, picks)
         _write_sensitivities(folder, omega, chosen)
         _write_frontier(folder, front, task, (spent, loss), settings.measure)
