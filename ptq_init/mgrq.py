@@ -25,8 +25,8 @@ and their fusion; no number of ours reproduces one of the paper's, whose tables 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from qat.reconstruct.trainable import Rounding, Steps, Trainable, Weights
 class TokenSupervision:
     """EBGS by tokens: error of the output, each token by what the model's answer hangs on it."""
 
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """Mean over images; zero for logits, behind which there is no model."""
@@ -64,7 +64,7 @@ class LogitSupervision:
     """
 
     temperature: float = 1.0
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """Mean over the batch, in nats times the squared temperature."""
@@ -79,7 +79,7 @@ class LogitSupervision:
 class LocalSupervision:
     """IBLS: divergence, over the channels, of the softened outputs of each linear layer."""
 
-    needs_layers: bool = field(default=True, init=False)
+    needs_layers: ClassVar[bool] = True
 
     def __call__(self, step: Step) -> Tensor:
         """Mean over layers, images and tokens, in nats; zero for a stage without such layers."""

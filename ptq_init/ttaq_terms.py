@@ -25,7 +25,8 @@ the float one, x' the perturbed image, d the error of the reconstruction:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class WeightPenalty:
     """
 
     penalty: Penalty
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """The mean over the layers of the stage; zero for a stage without quantized weights."""
@@ -106,7 +107,7 @@ class NoisyInputs:
 
     error: OutputError
     noise: float = 0.2
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """The error against the float output on exact inputs."""
@@ -126,7 +127,7 @@ class SameForBothViews:
     """
 
     error: OutputError
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """The distance of the two outputs; of logits, the divergence of the predictions."""
@@ -146,7 +147,7 @@ class SameForAllDrops:
     """
 
     error: OutputError
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """The distance of two outputs for the same input."""
@@ -163,7 +164,7 @@ class RightForBothViews:
     """
 
     error: OutputError
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """The error of the perturbed view's output."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +102,8 @@ class Step:
 class Term(Protocol):
     """A term of the loss of a stage."""
 
-    @property
-    def needs_layers(self) -> bool:
-        """Whether it reads `Step.layers`, which costs a forward pass of the float stage."""
-        ...
+    needs_layers: ClassVar[bool]
+    """Whether it reads `Step.layers`, which costs a forward pass of the float stage."""
 
     def __call__(self, step: Step) -> Tensor:
         """The value, a scalar."""
@@ -123,7 +121,7 @@ class OutputError:
     """
 
     scope: Literal["tensor", "token"] = "token"
-    needs_layers: bool = field(default=False, init=False)
+    needs_layers: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         """The mean over tokens and channels."""
