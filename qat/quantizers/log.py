@@ -13,6 +13,7 @@ secondary source, for `none`.
 """
 
 import math
+from abc import abstractmethod
 
 import torch
 from jaxtyping import Float
@@ -46,8 +47,8 @@ def log_levels(num_powers: int, codes_per_octave: int, zero: bool) -> Float[Tens
     return torch.tensor([*powers, *([0.0] if zero else [])], dtype=torch.float64)
 
 
-class Log2(Companding):
-    """Powers of two times the scale.
+class Log(Companding):
+    """Powers of a root of two times the scale; subclasses say of which.
 
     Args:
         spec: Bits.
@@ -57,7 +58,6 @@ class Log2(Companding):
         learn_scale: Train the scale.
     """
 
-    codes_per_octave = 1
     count: Tensor
     error: Tensor
     candidates: Tensor
@@ -78,6 +78,11 @@ class Log2(Companding):
         self.register_buffer("count", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("error", torch.zeros(len(FRACTIONS)), persistent=False)
         self.register_buffer("candidates", torch.ones(len(FRACTIONS)), persistent=False)
+
+    @property
+    @abstractmethod
+    def codes_per_octave(self) -> int:
+        """Codes from one power of two to the next."""
 
     @property
     def num_codes(self) -> int:
@@ -126,7 +131,19 @@ class Log2(Companding):
         return ops.boundary_distance(self.compress(u))
 
 
-class LogSqrt2(Log2):
+class Log2(Log):
+    """Powers of two times the scale."""
+
+    @property
+    def codes_per_octave(self) -> int:
+        """One."""
+        return 1
+
+
+class LogSqrt2(Log):
     """Powers of the square root of two times the scale."""
 
-    codes_per_octave = 2
+    @property
+    def codes_per_octave(self) -> int:
+        """Two."""
+        return 2

@@ -97,14 +97,18 @@ def offset(
     return tau * rarity - gamma * (complexity - complexity.mean())
 
 
+def predicted(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """The predicted classes as distributions, without gradient."""
+    return one_hot(logits.detach().argmax(1), logits.shape[1])
+
+
 @dataclass(frozen=True)
 class ABL1(ABL):
     """Cross-entropy of the adjusted logits with the raw prediction."""
 
     def alone(self, state: State, logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         """The predicted class is the target."""
-        target = one_hot(logits.detach().argmax(1), logits.shape[1])
-        return self.against(state, logits, target)
+        return self.against(state, logits, predicted(logits))
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,12 @@ class ABL1e(ABL):
 
 
 @dataclass(frozen=True)
-class ABL2(ABL1):
+class ABL2(ABL):
     """`ABL1` with one prior of both statistics; `gamma` has no part in it."""
+
+    def alone(self, state: State, logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+        """The predicted class is the target."""
+        return self.against(state, logits, predicted(logits))
 
     def offset(self, state: State) -> Float[Tensor, " c"]:
         """`tau ln(pi (1 - kap) / Z)`."""

@@ -142,17 +142,22 @@ class FirstOrder(GradientMetric):
         return torch.einsum("kbtf,btf->kb", error, gradient).square().sum(1)
 
 
+def diagonal(gradient: Gradients, error: Errors) -> Float[Tensor, " widths"]:
+    """Sum over images of `sum (g e)^2`."""
+    fisher = gradient.square()
+    fisher = fisher.sum(0) if error.shape[1] == 1 else fisher
+    return error.square().flatten(1) @ fisher.flatten()
+
+
 class DiagonalFisher(GradientMetric):
     """M4: squared errors weighted by the diagonal of the Fisher information."""
 
     def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
         """Sum over images of `sum (g e)^2`."""
-        fisher = gradient.square()
-        fisher = fisher.sum(0) if error.shape[1] == 1 else fisher
-        return error.square().flatten(1) @ fisher.flatten()
+        return diagonal(gradient, error)
 
 
-class TokenFisher(DiagonalFisher):
+class TokenFisher(GradientMetric):
     """M4 with the cross terms inside each token of an activation."""
 
     def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
@@ -161,7 +166,7 @@ class TokenFisher(DiagonalFisher):
 
     def score_weight(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
         """As in M4."""
-        return super().score(gradient, value, error)
+        return diagonal(gradient, error)
 
 
 def _tap_operand(
