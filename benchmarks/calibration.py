@@ -54,8 +54,8 @@ def calibrate(observer: ObserverFactory, images: Tensor) -> float:
     model = timm_model("deit_tiny_patch16_224").eval()
     convert_(model, Plan.load("w4a4"), PerOperand(attention=LogSqrt2))
     started = time.perf_counter()
-    calibrate_channels(model, images, observer)
-    reparametrize_norms(model, images, mean_grid, observer)
+    pairs = calibrate_channels(model, images, observer)
+    reparametrize_norms(model, images, pairs, mean_grid, observer)
     return time.perf_counter() - started
 
 

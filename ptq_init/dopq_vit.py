@@ -57,8 +57,8 @@ class DopQCalibration:
         images = joined(batches)
         observer = partial(PercentileMSE, per_token=self.per_token)
         with untouched_on_error(model):
-            calibrate_channels(model, images, observer)
-            reparametrize_norms(model, images, median_grid, observer)
+            pairs = calibrate_channels(model, images, observer)
+            reparametrize_norms(model, images, pairs, median_grid, observer)
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,12 @@ class DopQViT:
             exact_inputs=1.0,
         )
         with untouched_on_error(model):
-            calibrate_channels(model, first, observer)
+            pairs = calibrate_channels(model, first, observer)
             for _, quantizer in quantizers(model):
                 if quantizer.operand is Operand.WEIGHT:
                     quantizer.phase = Phase.FLOAT
             train(model, images, journal, original, name="activations ")
-            reparametrize_norms(model, first, median_grid, observer)  # calibrates weights again
+            # Calibrates weights again.
+            reparametrize_norms(model, first, pairs, median_grid, observer)
             third = replace(train, exact_inputs=self.exact_inputs)
             third(model, images, journal, original, name="weights ")

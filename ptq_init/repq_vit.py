@@ -76,11 +76,13 @@ class Pair:
         name: Name of the layer.
         norm: The LayerNorm.
         linear: The layer, with quantizers of weight and input.
+        own: The quantizer of the layer's input, for which another may stand in.
     """
 
     name: str
     norm: nn.LayerNorm
     linear: QuantLinear
+    own: Quantizer
 
 
 @dataclass(frozen=True)
@@ -108,41 +110,53 @@ class RepQViT:
         images = joined(batches)
         observer = partial(PercentileMSE, per_token=self.per_token)
         with untouched_on_error(model):
-            calibrate_channels(model, images, observer)
-            reparametrize_norms(model, images, MODES[self.mode], observer)
+            pairs = calibrate_channels(model, images, observer)
+            reparametrize_norms(model, images, pairs, MODES[self.mode], observer)
 
 
 @torch.no_grad()
 def calibrate_channels(
     model: nn.Module, images: Float[Tensor, "batch c h w"], observer: ObserverFactory
-) -> None:
+) -> list[Pair]:
     """Calibrate every quantizer in order, those behind LayerNorms with a scale for each channel.
 
     The latter are put in place of the inputs' own quantizers; `reparametrize_norms` brings the
-    own ones back.
+    own ones back, from the pairs that this returns.
     """
     set_phase(model, Phase.FLOAT)
-    for pair in norm_pairs(model):
-        own = pair.linear.input_quantizer
-        assert own is not None
-        spec = QuantSpec(max(2, own.spec.bits), False, Granularity.PER_CHANNEL)
-        channels = ChannelWise(own, spec)
+    pairs = norm_pairs(model)
+    for pair in pairs:
+        spec = QuantSpec(max(2, pair.own.spec.bits), False, Granularity.PER_CHANNEL)
+        channels = Affine(spec, pair.own.shape, pair.own.operand, observer=PercentileMSE)
         pair.linear.input_quantizer = channels.to(pair.linear.weight)
     with observed_by(model, observer):
         calibrate_in_order(model, images)
+    return pairs
 
 
 @torch.no_grad()
 def reparametrize_norms(
     model: nn.Module,
     images: Float[Tensor, "batch c h w"],
+    pairs: list[Pair],
     common_grid: CommonGrid,
     observer: ObserverFactory,
 ) -> None:
-    """Fold the channel-wise grids into norms and layers, and calibrate what that has changed."""
+    """Fold the channel-wise grids into norms and layers, and calibrate what that has changed.
+
+    Args:
+        model: The model, as `calibrate_channels` has left it.
+        images: Calibration images.
+        pairs: What `calibrate_channels` has returned.
+        common_grid: Chooses the one grid for all channels.
+        observer: Chooses the ranges of what is calibrated again.
+
+    Raises:
+        ValueError: If the float model does not compute what it did before.
+    """
     sample = images[:2]
     before = _float_logits(model, sample)
-    for pair in norm_pairs(model):
+    for pair in pairs:
         _fold(pair, common_grid)
     with observed_by(model, observer):
         calibrate_in_order(model, images)
@@ -153,20 +167,6 @@ def reparametrize_norms(
             "LayerNorm and its linear layer, such as padding to whole windows, is not linear in "
             "it; use an image size without padding, or ptq_init.percentile_mse"
         )
-
-
-class ChannelWise(Affine):
-    """Stands in for the quantizer of an input, with a scale for each channel.
-
-    Args:
-        own: The quantizer it stands in for.
-        spec: A grid for each channel.
-    """
-
-    def __init__(self, own: Quantizer, spec: QuantSpec) -> None:
-        super().__init__(spec, own.shape, own.operand, observer=PercentileMSE)
-        # In a list, so that it is no part of the model meanwhile.
-        self.own = [own]
 
 
 def norm_pairs(model: nn.Module) -> list[Pair]:
@@ -186,12 +186,10 @@ def norm_pairs(model: nn.Module) -> list[Pair]:
                 isinstance(norm, nn.LayerNorm)
                 and norm.elementwise_affine
                 and isinstance(quantizer, Quantizer)
-                and (
-                    quantizer.spec.granularity is Granularity.PER_TENSOR
-                    or isinstance(quantizer, ChannelWise)
-                )
+                and quantizer.spec.granularity is Granularity.PER_TENSOR
             ):
-                found.append(Pair(f"{name}.{linear_name}".lstrip("."), norm, linear))  # type: ignore[arg-type]
+                path = f"{name}.{linear_name}".lstrip(".")
+                found.append(Pair(path, norm, linear, quantizer))  # type: ignore[arg-type]
     if not found:
         raise ValueError(
             "no LayerNorm to reparametrize: RepQ-ViT looks for norm1 -> attn.qkv, norm2 -> mlp.fc1 "
@@ -226,9 +224,8 @@ def reparametrize(
 
 def _fold(pair: Pair, common_grid: CommonGrid) -> None:
     """Reparametrize one pair; its weight quantizer, and perhaps its input's, start anew."""
-    channels = pair.linear.input_quantizer
-    assert isinstance(channels, ChannelWise)
-    own = channels.own[0]
+    own, channels = pair.own, pair.linear.input_quantizer
+    assert isinstance(channels, Affine)
     scales, zero_points = _usable(channels)
     scale, zero_point = common_grid(scales, zero_points)
     if isinstance(own, Affine) and not own.spec.signed:

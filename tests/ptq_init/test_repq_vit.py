@@ -276,12 +276,12 @@ def test_common_scale_does_not_matter_for_a_fixed_zero_point(factor: float) -> N
         model = tiny_vit().double()
         convert_(model, plan(4), LOG)
         model.double()
-        calibrate_channels(model, batch, PercentileMSE)
+        pairs = calibrate_channels(model, batch, PercentileMSE)
 
         def common(s: Tensor, z: Tensor, by: float = scaled) -> tuple[Tensor, Tensor]:
             return s.mean() * by, z.mean().round()
 
-        reparametrize_norms(model, batch, common, PercentileMSE)
+        reparametrize_norms(model, batch, pairs, common, PercentileMSE)
         with torch.no_grad():
             logits.append(model(batch))
     assert_close(*logits, atol=1e-9, rtol=1e-9)
@@ -370,8 +370,8 @@ def test_failure_in_the_middle_brings_everything_back() -> None:
         return rounded_mean_grid(s, z)
 
     with pytest.raises(RuntimeError, match="stopped"), untouched_on_error(model):
-        calibrate_channels(model, images(2), PercentileMSE)
-        reparametrize_norms(model, images(2), fail, PercentileMSE)
+        pairs = calibrate_channels(model, images(2), PercentileMSE)
+        reparametrize_norms(model, images(2), pairs, fail, PercentileMSE)
     assert [type(module) for module in model.modules()] == modules
     after = model.state_dict()
     assert list(after) == list(before)
