@@ -4,9 +4,10 @@ A set is a frozen value that says how; `attach` opens it on the modules of one s
 parameters to the optimizer, and `close` leaves plain modules behind.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,25 +20,30 @@ from qat.spec import Operand
 Modules = Iterable[nn.Module]
 
 
+def _no_penalty(progress: float) -> None:
+    return None
+
+
+def _nothing() -> None:
+    pass
+
+
+@final
+@dataclass(frozen=True)
 class Attachment:
     """A trainable set at work on one stage.
 
-    Args:
+    Attributes:
         groups: Parameter groups of the optimizer.
+        penalty: A term of the loss that belongs to the set, at a progress from 0 to 1.
+        after_step: Keeps the parameters where they may be.
+        close: Leaves the stage as it is to be used.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        self.groups = groups
-
-    def penalty(self, progress: float) -> Tensor | None:
-        """A term of the loss that belongs to the set; `progress` runs from 0 to 1."""
-        return None
-
-    def after_step(self) -> None:
-        """Keep the parameters where they may be."""
-
-    def close(self) -> None:
-        """Leave the stage as it is to be used."""
+    groups: list[dict[str, Any]]
+    penalty: Callable[[float], Tensor | None] = _no_penalty
+    after_step: Callable[[], None] = _nothing
+    close: Callable[[], None] = _nothing
 
 
 @runtime_checkable
@@ -72,22 +78,14 @@ class Weights:
         return Attachment([{"params": list(found.values()), "lr": self.lr}] if found else [])
 
 
-class _Steps(Attachment):
-    def __init__(self, scales: list[nn.Parameter], lr: float) -> None:
-        # Each scale moves in proportion to its size: they differ by orders of magnitude.
-        self.floors = [(scale, SMALLEST_STEP * scale.detach().abs()) for scale in scales]
-        super().__init__(
-            [{"params": [s], "lr": lr * s.detach().abs().mean().item()} for s in scales]
-        )
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        for scale, floor in self.floors:
-            torch.maximum(scale, floor, out=scale)
-
-
 SMALLEST_STEP = 0.1
 """A step never falls below this share of its start."""
+
+
+@torch.no_grad()
+def _keep_above(floors: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for scale, floor in floors:
+        torch.maximum(scale, floor, out=scale)
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,12 @@ class Steps:
         """Collect the scales."""
         found = [q for m in modules for _, q in quantizers(m)]
         chosen = [q for q in found if self.weights or q.operand is not Operand.WEIGHT]
-        scales = (getattr(q, "scale", None) for q in chosen)
-        return _Steps([s for s in scales if isinstance(s, nn.Parameter)], self.lr)
+        steps = (getattr(q, "scale", None) for q in chosen)
+        scales = [step for step in steps if isinstance(step, nn.Parameter)]
+        floors = [(scale, SMALLEST_STEP * scale.detach().abs()) for scale in scales]
+        # Each scale moves in proportion to its size: they differ by orders of magnitude.
+        groups = [{"params": [s], "lr": self.lr * s.detach().abs().mean().item()} for s in scales]
+        return Attachment(groups, after_step=partial(_keep_above, floors))
 
 
 def rectified_sigmoid(v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -152,30 +154,6 @@ class SoftRounding(nn.Module):
         return (codes - offset) * self.quantizer.scale
 
 
-class _Rounding(Attachment):
-    def __init__(self, layers: list[nn.Module], lr: float, strength: float) -> None:
-        self.layers, self.strength = layers, strength
-        super().__init__([{"params": [s.v], "lr": lr} for s in self._soft()] if layers else [])
-
-    def _soft(self) -> Iterator[SoftRounding]:
-        for layer in self.layers:
-            yield layer.weight_quantizer  # type: ignore[misc]
-
-    def penalty(self, progress: float) -> Tensor | None:
-        if progress < 0.2 or not self.layers:
-            return None
-        sharpness = 2 + 18 * (1 - (progress - 0.2) / 0.8)
-        penalties = [soft.indecision(sharpness) for soft in self._soft()]
-        return self.strength * torch.stack(penalties).sum()
-
-    def close(self) -> None:
-        for layer in self.layers:
-            soft: SoftRounding = layer.weight_quantizer  # type: ignore[assignment]
-            with torch.no_grad():
-                layer.weight.copy_(soft.rounded())  # type: ignore[operator]
-            layer.weight_quantizer = soft.quantizer
-
-
 @dataclass(frozen=True)
 class Rounding:
     """Whether each weight is rounded up or down (AdaRound).
@@ -191,11 +169,29 @@ class Rounding:
 
     def attach(self, modules: Modules) -> Attachment:
         """Put a `SoftRounding` in place of each uniform weight quantizer."""
-        layers = []
+        soft: list[tuple[nn.Module, SoftRounding]] = []
         for module in modules:
             for name, weight, quantizer in list(quantized_weights(module)):
                 if isinstance(quantizer, Affine):
                     layer = module.get_submodule(name)
                     layer.weight_quantizer = SoftRounding(weight, quantizer)
-                    layers.append(layer)
-        return _Rounding(layers, self.lr, self.strength)
+                    soft.append((layer, layer.weight_quantizer))
+        return Attachment(
+            [{"params": [rounding.v], "lr": self.lr} for _, rounding in soft],
+            penalty=partial(self._penalty, [rounding for _, rounding in soft]),
+            close=partial(_round_for_good, soft),
+        )
+
+    def _penalty(self, soft: list[SoftRounding], progress: float) -> Tensor | None:
+        if progress < 0.2 or not soft:
+            return None
+        sharpness = 2 + 18 * (1 - (progress - 0.2) / 0.8)
+        penalties = [rounding.indecision(sharpness) for rounding in soft]
+        return self.strength * torch.stack(penalties).sum()
+
+
+def _round_for_good(soft: list[tuple[nn.Module, SoftRounding]]) -> None:
+    for layer, rounding in soft:
+        with torch.no_grad():
+            layer.weight.copy_(rounding.rounded())  # type: ignore[operator]
+        layer.weight_quantizer = rounding.quantizer
