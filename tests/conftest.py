@@ -1,6 +1,7 @@
-"""Shared fixtures: a tiny ViT, and a hypothesis profile without deadlines."""
+"""Shared fixtures: a tiny ViT, runs of a session, and a hypothesis profile without deadlines."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +42,29 @@ def tiny_vit() -> nn.Module:
 def images() -> torch.Tensor:
     """Four random images for the tiny ViT."""
     return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of the digits teacher after one epoch; trained once in a session."""
+    from tests import runs  # the command line takes seconds to import, which few tests need
+
+    folder = tmp_path_factory.getbasetemp() / "teacher"
+    runs.fit("configs/digits_teacher.yaml", folder, "--trainer.max_epochs", 1)
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="session")
+def lsq_run(teacher: Path) -> Path:
+    """Run folder of a W4A4 student."""
+    from tests import runs
+
+    return runs.student("lsq", teacher)
+
+
+@pytest.fixture(scope="session")
+def binary_run(teacher: Path) -> Path:
+    """Run folder of a binary student."""
+    from tests import runs
+
+    return runs.student("binary", teacher)

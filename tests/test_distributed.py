@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qat.checkpoint import digest, read
-from tests import test_end_to_end as runs
+from tests import runs
 
 SCRIPT = '''
 """`train.py` that also leaves what each process ends with."""

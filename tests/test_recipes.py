@@ -15,10 +15,8 @@ from qat.cli.main import make_parser
 from qat.cli.recipe import load_recipe
 from qat.plan import load_plan
 from qat.quantizers import LSQ, DynamicToken, PerOperand, quantizers
-from tests import test_end_to_end as runs
+from tests import runs
 from tests.qat.diffusion.common import tiny_dit
-
-teacher = runs.teacher
 
 CONFIGS = runs.ROOT / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.yaml"))

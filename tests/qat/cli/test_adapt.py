@@ -24,10 +24,8 @@ from qat.data.sources import Source, digits
 from qat.data.streams import Stream
 from qat.tta import Adapter, Guard
 from qat.tta.store import Store
-from tests import test_end_to_end as runs
+from tests import runs
 from tests.qat.tta.common import METHODS, clean, shared
-
-teacher = runs.teacher
 
 CORRUPTIONS = ["gaussian_noise", "contrast"]
 QUIET = ("--trainer.enable_progress_bar", "false", "--num_threads", 1)

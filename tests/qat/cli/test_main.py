@@ -13,10 +13,9 @@ import yaml
 import qat
 from qat import Plan
 from qat.checkpoint import read
+from qat.cli.main import main
 from qat.quantizers import LSQ
-from tests import test_end_to_end as runs
-
-teacher, lsq_run, binary_run = runs.teacher, runs.lsq_run, runs.binary_run
+from tests import runs
 
 FLOAT = "configs/digits_teacher.yaml"
 W4A4 = "configs/qat/digits_w4a4_lsq.yaml"
@@ -389,6 +388,6 @@ def test_help_ends_with_status_0(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        runs.run(*words) if words[0] == "--help" else runs.main(words)
+        runs.run(*words) if words[0] == "--help" else main(words)
     assert caught.value.code == 0
     assert "usage: train.py" in capsys.readouterr().out

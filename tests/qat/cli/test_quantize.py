@@ -12,9 +12,7 @@ import yaml
 import qat
 from ptq_init import mgrq
 from qat.quantizers import Phase, quantizers
-from tests import test_end_to_end as runs
-
-teacher = runs.teacher
+from tests import runs
 
 PLAN = "w4a4"
 LOG = {

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from qat.cli.run_folder import RunFolder
-from tests import test_end_to_end as runs
-
-teacher, lsq_run, binary_run = runs.teacher, runs.lsq_run, runs.binary_run
+from tests import runs
 
 EVERY_RUN = {
     "command",

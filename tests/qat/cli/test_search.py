@@ -11,9 +11,8 @@ import yaml
 import qat
 from qat import Plan
 from qat.quantizers import quantizers
-from tests import test_end_to_end as runs
+from tests import runs
 
-teacher = runs.teacher
 QUIET = ("--num_threads", 1, "--trainer.enable_progress_bar", "false")
 
 

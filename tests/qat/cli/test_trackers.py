@@ -8,9 +8,7 @@ import pytest
 import yaml
 from pytorch_lightning.loggers import CSVLogger
 
-from tests import test_end_to_end as runs
-
-teacher = runs.teacher
+from tests import runs
 
 COMMANDS: dict[str, dict[str, Any]] = {
     "fit": {"trainer": {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2}},

@@ -17,7 +17,7 @@ from qat.lightning.denoising import Denoising, NoisePrediction
 from qat.preprocessing import expected_by
 from qat.quantizers import Phase, quantizers
 from qat.train.losses import Objective
-from tests import test_end_to_end as runs
+from tests import runs
 from tests.qat.diffusion.common import tiny_dit
 
 QUICK = {"sampling_steps": 2, "num_samples": 20, "num_images": 8, "num_times": 4}

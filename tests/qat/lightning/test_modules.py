@@ -27,11 +27,9 @@ from qat.models import num_classes_of
 from qat.preprocessing import expected_by
 from qat.quantizers import Phase, quantizers
 from qat.train.losses import Objective
-from tests import test_end_to_end as runs
+from tests import runs
 from tests.conftest import make_tiny_vit
 from tests.qat.common import assert_same_state, plan, quantized, snapshot
-
-teacher, lsq_run, binary_run = runs.teacher, runs.lsq_run, runs.binary_run
 
 SOFT = Objective(hard=0.0, soft=1.0)
 
