@@ -10,7 +10,7 @@ plan says, the others `down` bits less, so that the mean does not rise:
 Rankings r of patch j, from the attention map A of a layer, before it is quantized:
 
     ClassAttention    P1   mean over heads of A[cls, j]; without a class token the column mean
-    RandomOrder            at random, to compare with
+    RandomOrder            at random, anew for every map, to compare with
     Inverse                the other way round, to compare with
 
 Class and other prefix tokens always count among the top. Order of causes: the map of layer l ranks
@@ -29,8 +29,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -51,16 +52,22 @@ class Ranking(ABC):
 
     @abstractmethod
     def scores(
-        self, attention: Float[Tensor, "batch heads rows tokens"], num_prefix: int
+        self, attention: Float[Tensor, "batch heads rows tokens"], num_prefix: int, number: int
     ) -> Scores:
-        """A score for each token, prefix tokens included; the greater, the more important."""
+        """A score for each token, prefix tokens included; the greater, the more important.
+
+        Args:
+            attention: The map, not yet quantized.
+            num_prefix: Class and other prefix tokens, which come first.
+            number: Which map this is, of all those since the patch-wise bits were put on.
+        """
 
 
 @dataclass(frozen=True)
 class ClassAttention(Ranking):
     """P1: how much the class token attends to each patch, or all tokens where there is none."""
 
-    def scores(self, attention: Tensor, num_prefix: int) -> Scores:
+    def scores(self, attention: Tensor, num_prefix: int, number: int) -> Scores:
         """Mean over heads of the class token's row, or of all rows."""
         rows = attention[:, :, :1] if num_prefix else attention
         return rows.mean((1, 2))
@@ -68,24 +75,19 @@ class ClassAttention(Ranking):
 
 @dataclass(frozen=True)
 class RandomOrder(Ranking):
-    """At random, anew for every map.
+    """At random, anew for every map: the seed and the number of the map decide, nothing else.
 
     Attributes:
-        seed: Draws the order.
+        seed: Draws the orders, together with the number of the map; not negative.
     """
 
     seed: int = 0
-    generator: torch.Generator = field(
-        init=False, repr=False, compare=False, default_factory=torch.Generator
-    )
 
-    def __post_init__(self) -> None:
-        self.generator.manual_seed(self.seed)
-
-    def scores(self, attention: Tensor, num_prefix: int) -> Scores:
+    def scores(self, attention: Tensor, num_prefix: int, number: int) -> Scores:
         """Uniform random numbers."""
-        drawn = torch.rand(len(attention), attention.shape[-1], generator=self.generator)
-        return drawn.to(attention)
+        generator = np.random.default_rng((self.seed, number))
+        drawn = generator.random((len(attention), attention.shape[-1]))
+        return torch.from_numpy(drawn).to(attention)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ class Inverse(Ranking):
 
     of: Ranking = ClassAttention()
 
-    def scores(self, attention: Tensor, num_prefix: int) -> Scores:
+    def scores(self, attention: Tensor, num_prefix: int, number: int) -> Scores:
         """Its scores, negated."""
-        return -self.of.scores(attention, num_prefix)
+        return -self.of.scores(attention, num_prefix, number)
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,11 @@ class PatchBits:
         top = self.num_top(num_tokens, num_prefix)
         return bits - self.down + (self.up + self.down) * top / num_tokens
 
-    def top(self, attention: Tensor, num_prefix: int) -> Bool[Tensor, "batch tokens"]:
-        """Which tokens are on top."""
-        scores = self.ranking.scores(attention, num_prefix).clone()
+    def top(
+        self, attention: Tensor, num_prefix: int, number: int = 0
+    ) -> Bool[Tensor, "batch tokens"]:
+        """Which tokens are on top; arguments as in `Ranking.scores`."""
+        scores = self.ranking.scores(attention, num_prefix, number).clone()
         scores[:, :num_prefix] = math.inf
         count = self.num_top(scores.shape[1], num_prefix)
         chosen = scores.topk(count, dim=1).indices
@@ -156,9 +160,15 @@ class PatchBits:
 
 
 class Current:
-    """The tokens on top, by the latest attention map of the forward pass that is under way."""
+    """The tokens on top, by the latest attention map of the forward pass that is under way.
+
+    Attributes:
+        num_maps: Maps so far, in all forward passes since the patch-wise bits were put on.
+        top: By the last of them.
+    """
 
     def __init__(self) -> None:
+        self.num_maps = 0
         self.top: Tensor | None = None
 
 
@@ -258,7 +268,8 @@ def patchwise(model: nn.Module, bits: PatchBits) -> Iterator[nn.Module]:
     }
 
     def rank(_: nn.Module, operands: tuple[Tensor, Tensor]) -> None:
-        current.top = bits.top(operands[0].detach(), num_prefix)
+        current.top = bits.top(operands[0].detach(), num_prefix, current.num_maps)
+        current.num_maps += 1
 
     handles = [attention.av.register_forward_pre_hook(rank) for attention in attentions]
     for path, part in parts.items():

@@ -70,13 +70,28 @@ def test_column_mean_ranks_patches_without_a_class_token() -> None:
     assert PatchBits(share=0.25).top(attention, 0).tolist() == [[False, False, True, False]]
 
 
-def test_random_order_depends_on_its_seed_alone() -> None:
+def test_random_order_depends_on_its_seed_and_the_number_of_the_map_alone() -> None:
     attention = torch.zeros(2, 1, 9, 9)
-    first, again, other = (
-        PatchBits(ranking=RandomOrder(seed)).top(attention, 1) for seed in (0, 0, 1)
+    ranking = RandomOrder()
+    assert ranking == RandomOrder() and hash(ranking) == hash(RandomOrder())
+    first, again, later, other = (
+        PatchBits(ranking=order).top(attention, 1, number)
+        for order, number in ((ranking, 0), (ranking, 0), (ranking, 1), (RandomOrder(1), 0))
     )
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later) and not torch.equal(first, other)
     assert first.sum(1).tolist() == [4, 4]
+
+
+def test_random_orders_of_successive_maps_differ_and_come_again_in_the_next_block() -> None:
+    model, images = calibrated()
+    bits = PatchBits(ranking=RandomOrder())
+    runs = []
+    for _ in range(2):
+        with patchwise(model, bits), torch.no_grad():
+            runs.append([model(images), model(images)])
+    assert not torch.equal(*runs[0])
+    assert all(map(torch.equal, *runs))
 
 
 def test_rankings_follow_the_order_of_causes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +100,11 @@ def test_rankings_follow_the_order_of_causes(monkeypatch: pytest.MonkeyPatch) ->
     maps: list[Tensor] = []
     seen: dict[str, int] = {}
 
-    class Counting(ClassAttention):
-        def scores(self, attention: Tensor, num_prefix: int) -> Tensor:
+    class Counting(Ranking):
+        def scores(self, attention: Tensor, num_prefix: int, number: int) -> Tensor:
+            assert number == len(maps)
             maps.append(attention)
-            return super().scores(attention, num_prefix)
+            return ClassAttention().scores(attention, num_prefix, number)
 
     with patchwise(model, PatchBits(ranking=Counting())), torch.no_grad():
         for path, part in quantizers(model):
