@@ -34,9 +34,8 @@ from torch.nn import functional as F
 
 from ptq_init.repq_vit import RepQViT
 from qat.journal import Journal
-from qat.reconstruct import Reconstruction, start_and_reconstruct
+from qat.reconstruct import Reconstruction, Tuning, start_and_reconstruct
 from qat.reconstruct.terms import OutputError, Step, Term
-from qat.reconstruct.trainable import Rounding, Steps, Trainable, Weights
 
 
 @dataclass(frozen=True)
@@ -141,26 +140,11 @@ class MGRQ:
 
     def reconstruction(self) -> Reconstruction:
         """The engine with MGRQ's losses."""
-        terms: dict[str, Term] = {"block": OutputError()}
-        weights = {"block": 1.0}
+        losses: dict[str, tuple[Term, float]] = {"block": (OutputError(), 1.0)}
         if self.global_weight:
             by_logits = self.supervision == "logits"
-            terms["global"] = (
-                LogitSupervision(self.temperature) if by_logits else TokenSupervision()
-            )
-            weights["global"] = self.global_weight
+            form = LogitSupervision(self.temperature) if by_logits else TokenSupervision()
+            losses["global"] = (form, self.global_weight)
         if self.local_weight:
-            terms["local"] = LocalSupervision()
-            weights["local"] = self.local_weight
-        weight_set: Trainable = Weights(self.lr) if self.rounding == "ste" else Rounding(lr=self.lr)
-        return Reconstruction(
-            terms=terms,
-            weights=weights,
-            train=(weight_set, Steps(self.step_lr)),
-            num_steps=self.num_steps,
-            batch_size=self.batch_size,
-            normalise=self.normalise,
-            drop=self.drop,
-            exact_inputs=self.exact_inputs,
-            seed=self.seed,
-        )
+            losses["local"] = (LocalSupervision(), self.local_weight)
+        return Tuning.of(self).loop(losses, normalise=self.normalise)

@@ -30,9 +30,8 @@ from ptq_init.repq_vit import RepQViT
 from ptq_init.ttaq_terms import PCR, PEM
 from qat.calibrate import Initialiser
 from qat.journal import Journal
-from qat.reconstruct import Reconstruction, start_and_reconstruct
+from qat.reconstruct import Reconstruction, Tuning, start_and_reconstruct
 from qat.reconstruct.terms import OutputError, Term
-from qat.reconstruct.trainable import Rounding, Steps, Trainable, Weights
 
 
 @dataclass(frozen=True)
@@ -120,24 +119,10 @@ class TTAQ:
     def reconstruction(self) -> Reconstruction:
         """The engine with TTAQ's losses."""
         error = OutputError(self.scope)
-        terms: dict[str, Term] = {"block": error}
-        weights = {"block": 1.0}
+        losses: dict[str, tuple[Term, float]] = {"block": (error, 1.0)}
         if self.pem != "none":
-            terms["pem"] = PEM[self.pem](error)
-            weights["pem"] = self.pem_weight
+            losses["pem"] = (PEM[self.pem](error), self.pem_weight)
         if self.pcr != "none":
             for number, form in enumerate(PCR[self.pcr]):
-                terms[f"pcr{number}"] = form(error)
-                weights[f"pcr{number}"] = self.pcr_weight
-        weight_set: Trainable = Weights(self.lr) if self.rounding == "ste" else Rounding(lr=self.lr)
-        return Reconstruction(
-            terms=terms,
-            weights=weights,
-            train=(weight_set, Steps(self.step_lr)),
-            num_steps=self.num_steps,
-            batch_size=self.batch_size,
-            drop=self.drop,
-            exact_inputs=self.exact_inputs,
-            perturb=WeakPerturbation(),
-            seed=self.seed,
-        )
+                losses[f"pcr{number}"] = (form(error), self.pcr_weight)
+        return Tuning.of(self).loop(losses, perturb=WeakPerturbation())

@@ -1,5 +1,6 @@
 """Block reconstruction: one loop, with pluggable losses and trainable sets."""
 
 from qat.reconstruct.loop import Reconstruction, activation_bytes, start_and_reconstruct
+from qat.reconstruct.tuning import Tuning
 
-__all__ = ["Reconstruction", "activation_bytes", "start_and_reconstruct"]
+__all__ = ["Reconstruction", "Tuning", "activation_bytes", "start_and_reconstruct"]

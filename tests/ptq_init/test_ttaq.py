@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -26,10 +27,10 @@ from ptq_init.ttaq_terms import (
 from qat import Phase, QuantSpec, convert_
 from qat.layers import QuantConv2d, QuantLinear, quantized_weights
 from qat.quantizers import Affine, LogSqrt2, PerOperand
-from qat.reconstruct import Reconstruction
+from qat.reconstruct import Reconstruction, Tuning
 from qat.reconstruct.stages import stages
 from qat.reconstruct.terms import OutputError, Probe, QuantizedWeight, Step
-from qat.reconstruct.trainable import Weights
+from qat.reconstruct.trainable import Rounding, Steps, Weights
 from qat.spec import Granularity, Operand
 from tests.ptq_init.common import images, plan, tiny_vit
 
@@ -264,3 +265,15 @@ def test_perturbation_is_repeatable_and_each_images_own() -> None:
     assert len(set(changes.tolist())) == 6
     still = WeakPerturbation(noise=0.0, blur=0.0, gain=0.0, offset=0.0)
     assert_close(still(batch, torch.Generator()), batch)
+
+
+@pytest.mark.parametrize("method", [MGRQ, TTAQ])
+def test_methods_of_one_pass_have_what_they_hand_on_as_flat_fields(method: type) -> None:
+    theirs = {field.name: field.type for field in fields(method)}
+    assert {field.name: field.type for field in fields(Tuning)}.items() <= theirs.items()
+    chosen = {"rounding": "adaround", "num_steps": 3, "batch_size": 5, "lr": 0.1, "step_lr": 0.2}
+    chosen |= {"drop": 0.3, "exact_inputs": 0.4, "seed": 6}
+    loop = method(**chosen).reconstruction()
+    assert loop.train == (Rounding(lr=0.1), Steps(0.2))
+    assert (loop.num_steps, loop.batch_size, loop.seed) == (3, 5, 6)
+    assert (loop.drop, loop.exact_inputs) == (0.3, 0.4)
