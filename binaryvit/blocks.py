@@ -13,6 +13,7 @@ In phase FLOAT all of this is bypassed, and the model is the original one.
 """
 
 import torch
+from einops import reduce
 from jaxtyping import Float
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def shortcut(x: Float[Tensor, "... inputs"], out_features: int) -> Float[Tensor,
     in_features = x.shape[-1]
     if out_features >= in_features:
         return torch.cat([x] * (out_features // in_features), -1)
-    return x.unflatten(-1, (out_features, in_features // out_features)).mean(-1)
+    return reduce(x, "... (outputs group) -> ... outputs", "mean", outputs=out_features)
 
 
 class ReactLinear(nn.Module):

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,9 +65,10 @@ def measured_gain(weight: QuantizedWeight) -> Tensor:
         raise ValueError("PEM-C measures input errors on perturbed images; set `perturb`")
     value = weight.value
     groups = getattr(weight.layer, "groups", 1)
-    shift = weight.shift.reshape(groups, 1, -1).expand(-1, len(value) // groups, -1)
-    energy = value.square().flatten(2).sum(2) if value.ndim > 2 else value.square()
-    return (energy * shift.reshape(energy.shape)).sum() / value.numel()
+    each = len(value) // groups
+    shift = repeat(weight.shift, "(groups i) -> (groups o) i", groups=groups, o=each)
+    energy = rearrange(value.square(), "o i ... -> o i (...)").sum(2)
+    return (energy * shift).sum() / value.numel()
 
 
 def largest_gain(weight: QuantizedWeight) -> Tensor:

@@ -5,6 +5,7 @@ child modules can reach. The twins take over the float module's parameters under
 While both products are in float they call exactly what timm calls, and so give the same bits.
 """
 
+from einops import rearrange, repeat
 from jaxtyping import Float
 from timm.layers.attention import Attention
 from timm.models.swin_transformer import WindowAttention
@@ -17,6 +18,12 @@ from qat.quantizers import Phase
 ContextModule = nn.Module
 """Called as `context(x, q, k, v)` on the output of the second product, (batch, heads, tokens,
 head_dim) each; returns the same shape."""
+
+
+def heads(qkv: Float[Tensor, "batch tokens dims"], num_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values (batch, heads, tokens, head_dim) from one layer's output."""
+    pattern = "batch tokens (three heads dim) -> three batch heads tokens dim"
+    return rearrange(qkv, pattern, three=3, heads=num_heads).unbind(0)
 
 
 class QuantAttention(nn.Module):
@@ -67,10 +74,8 @@ class QuantAttention(nn.Module):
         """
         if is_causal:
             raise ValueError("QuantAttention has no causal form; pass the mask as `attn_mask`")
-        batch, tokens, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = heads(self.qkv(x), self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.qk.phase is self.av.phase is Phase.FLOAT:
             x = self._float(q, k, v, attn_mask)
@@ -80,7 +85,7 @@ class QuantAttention(nn.Module):
             x = self.av(self.attn_drop(logits.softmax(-1)), v)
             if self.context is not None and self.av.phase is Phase.QUANTIZE:
                 x = self.context(x, q, k, v)
-        x = self.norm(x.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
+        x = self.norm(rearrange(x, "batch heads tokens dim -> batch tokens (heads dim)"))
         x = x if gate is None else x * gate
         return self.proj_drop(self.proj(x))
 
@@ -127,12 +132,11 @@ class QuantWindowAttention(nn.Module):
             x: Tokens of every window of every image.
             mask: 0 or -inf, one mask for each window of an image; None where none is shifted.
         """
-        windows, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = heads(self.qkv(x), self.num_heads)
         bias = self._position_bias()
         if mask is not None:
-            shifted = mask.repeat(windows // mask.shape[0], 1, 1).unsqueeze(1)
+            images = len(x) // len(mask)
+            shifted = repeat(mask, "windows q k -> (images windows) 1 q k", images=images)
         else:
             shifted = None
         in_float = self.qk.phase is self.av.phase is Phase.FLOAT
@@ -148,10 +152,10 @@ class QuantWindowAttention(nn.Module):
             logits = logits + bias
             logits = logits if shifted is None else logits + shifted
             x = self.av(self.attn_drop(logits.softmax(-1)), v)
-        x = x.transpose(1, 2).reshape(windows, tokens, -1)
+        x = rearrange(x, "windows heads tokens dim -> windows tokens (heads dim)")
         return self.proj_drop(self.proj(x))
 
     def _position_bias(self) -> Float[Tensor, "1 heads tokens tokens"]:
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = bias.view(self.window_area, self.window_area, -1)
-        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+        bias = rearrange(bias, "(q k) heads -> 1 heads q k", q=self.window_area)
+        return bias.contiguous()

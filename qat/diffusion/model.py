@@ -12,6 +12,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
@@ -194,7 +195,7 @@ class DiT(nn.Module):
         return torch.zeros(shape, device=device), zero, zero
 
     def _image(self, tokens: Float[Tensor, "batch tokens pixels"]) -> Tensor:
-        """Patches back in their places; pixels of a patch are in order (row, column, channel)."""
+        """Patches back in their places; i and j are row and column of a pixel in its patch."""
+        pattern = "batch (h w) (i j channels) -> batch channels (h i) (w j)"
         side, patch = self.img_size // self.patch_size, self.patch_size
-        x = tokens.reshape(-1, side, side, patch, patch, self.in_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, self.img_size, self.img_size)
+        return rearrange(tokens, pattern, h=side, i=patch, j=patch)

@@ -12,6 +12,7 @@ torchvision; hue is left as it is, and ranges are symmetric where the original's
 from math import pi
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,11 +74,12 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def _blurred(pixels: Tensor, generator: torch.Generator) -> Tensor:
     n, channels = pixels.shape[:2]
-    sigma = _uniform(n, 0.001, 0.5, generator).view(n, 1)
+    sigma = rearrange(_uniform(n, 0.001, 0.5, generator), "n 1 1 1 -> n 1")
     taps = torch.arange(-2, 3, device=pixels.device)
-    weights = (-(taps**2) / (2 * sigma**2)).softmax(1).repeat_interleave(channels, 0)
-    flat = pixels.flatten(0, 1)[None]
-    for shape, padding in (((-1, 1, 1, 5), (2, 2, 0, 0)), ((-1, 1, 5, 1), (0, 0, 2, 2))):
+    weights = (-(taps**2) / (2 * sigma**2)).softmax(1)
+    flat = rearrange(pixels, "n c h w -> 1 (n c) h w")
+    for axes, padding in (("1 1 taps", (2, 2, 0, 0)), ("1 taps 1", (0, 0, 2, 2))):
+        kernels = repeat(weights, f"n taps -> (n c) {axes}", c=channels)
         flat = F.pad(flat, padding, mode="replicate")
-        flat = F.conv2d(flat, weights.view(shape), groups=n * channels)
-    return flat.view(pixels.shape)
+        flat = F.conv2d(flat, kernels, groups=n * channels)
+    return rearrange(flat, "1 (n c) h w -> n c h w", n=n)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -109,7 +110,7 @@ class FOA(Method):
         return entropy(logits).sum() + self.weight * len(logits) / 64 * gap
 
     def _tokens(self, on: Overlay, flat: Tensor) -> Tensor:
-        return flat.view(1, self.prompts, -1).to(on.like.dtype)
+        return rearrange(flat, "(k d) -> 1 k d", k=self.prompts).to(on.like.dtype)
 
     def _answer(self, on: Overlay, state: State, feature: Tensor) -> Tensor:
         model: Any = on.model
@@ -130,7 +131,8 @@ def _run(
             if prompts is None:
                 return None
             x = inputs[0]
-            return (torch.cat((x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]), 1),)
+            added = repeat(prompts, "1 k d -> n k d", n=len(x))
+            return (torch.cat((x[:, :1], added, x[:, 1:]), 1),)
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             tokens.append(output[:, 0])

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,6 +170,11 @@ class TokenFisher(GradientMetric):
         return diagonal(gradient, error)
 
 
+def tokens_of(x: Float[Tensor, "rows ... features"]) -> Values:
+    """All but the first and the last axis as one, of size 1 where there are no others."""
+    return rearrange(x, "rows ... features -> rows (...) features")
+
+
 def _tap_operand(
     add: partial[None], probe: nn.Module, inputs: tuple[Tensor], out: Tensor
 ) -> Tensor:
@@ -178,9 +184,8 @@ def _tap_operand(
 
     def arrived(gradient: Tensor) -> None:
         assert isinstance(probe, Probe)
-        rows = (len(value), -1, value.shape[-1])
-        errors = probe.errors(value)
-        add(gradient.reshape(rows), value.reshape(rows), errors.reshape(len(errors), *rows))
+        errors = rearrange(probe.errors(value), "widths rows ... dims -> widths rows (...) dims")
+        add(tokens_of(gradient), tokens_of(value), errors)
 
     out.register_hook(arrived)  # the image has a gradient, so every operand has
     return out
@@ -213,8 +218,7 @@ def weight_gradients(
         ValueError: If the layer is a grouped convolution.
     """
     if not hasattr(layer, "kernel_size"):
-        rows = x.reshape(len(x), -1, x.shape[-1])
-        return torch.einsum("bto,bti->boi", gradient.reshape(*rows.shape[:2], -1), rows)
+        return torch.einsum("bto,bti->boi", tokens_of(gradient), tokens_of(x))
     if layer.groups != 1:  # type: ignore[union-attr]
         raise ValueError(
             "gradient metrics know no grouped convolution; keep it out of the search by a plan "
