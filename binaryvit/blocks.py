@@ -68,6 +68,8 @@ class ReactLinear(nn.Module):
         ValueError: If neither of the layer's two widths is a multiple of the other.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, linear: nn.Linear, weight_quantizer: Quantizer, input_quantizer: Quantizer | None
     ) -> None:
@@ -83,7 +85,7 @@ class ReactLinear(nn.Module):
                 "a multiple of the other; keep this layer in float by an earlier rule"
             )
         self.weight = linear.weight
-        self.bias = linear.bias
+        self.register_parameter("bias", linear.bias)
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.norm = nn.LayerNorm(linear.out_features)
@@ -91,15 +93,21 @@ class ReactLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """The float layer in phase FLOAT and OBSERVE, the binary block in phase QUANTIZE."""
+        return self.with_bias(x, self.bias)
+
+    def with_bias(
+        self, x: Float[Tensor, "... inputs"], bias: Tensor | None
+    ) -> Float[Tensor, "... outputs"]:
+        """The same with another bias, for modules that use the layer's weight themselves."""
         weight = self.weight_quantizer(self.weight)
-        y = F.linear(through(self.input_quantizer, x), weight, self.bias)
+        y = F.linear(through(self.input_quantizer, x), weight, bias)
         if self.weight_quantizer.phase is not Phase.QUANTIZE:
             return y
         return self.act(self.norm(y) + shortcut(x, self.out_features))
 
 
 class ContextShortcut(nn.Module):
-    """The context of attention, normalized, plus q + k + v; see `qat.attention.ContextModule`.
+    """The context of attention, normalized, plus q + k + v; see `qat.attention.attend`.
 
     Args:
         head_dim: Width of a head.

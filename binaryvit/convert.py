@@ -2,17 +2,14 @@
 
 `plain` is `qat.convert_` with `BinaryQuantizers`: the architecture of the float model, unchanged.
 `react` is `react_` below: RPReLU and the extra shortcuts of `binaryvit.blocks`, around what the
-plan puts on one bit; wider components, as in a searched plan, stay plain. Swin's window attention
-gets them around its linear layers, but no shortcut around the context.
+plan puts on one bit; wider components, as in a searched plan, stay plain.
 """
 
-from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from torch import nn
 
 from binaryvit.blocks import ContextShortcut, ReactLinear, ReactMlp
 from qat import Operand, Plan
-from qat.attention import QuantAttention
 from qat.convert import (
     HANDLERS,
     LAYER_OPERANDS,
@@ -21,8 +18,9 @@ from qat.convert import (
     Maker,
     convert_,
     quant_linear,
-    quant_products,
+    quant_pair,
 )
+from qat.products import Pair
 from qat.quantizers import QuantizerFactory
 
 
@@ -35,13 +33,12 @@ def react_linear(linear: nn.Linear, make: Maker) -> nn.Module:
     return ReactLinear(linear, weight, make(Operand.INPUT, (linear.in_features,)))
 
 
-def react_attention(attention: Attention, make: Maker) -> QuantAttention:
-    """Twin of timm's attention; with the shortcut around the context where values are binary."""
-    products = quant_products(attention.num_heads, attention.head_dim, make)
-    binary = _is_binary(make, Operand.VALUE)
-    return QuantAttention(
-        attention, *products, ContextShortcut(attention.head_dim) if binary else None
-    )
+def react_pair(pair: Pair, make: Maker) -> tuple[nn.Module, ...]:
+    """Products of an attention; with the shortcut around the context where values are binary."""
+    products = quant_pair(pair, make)
+    if not _is_binary(make, Operand.VALUE):
+        return products
+    return (*products, ContextShortcut(pair.vectors[-1]))
 
 
 def react_mlp(mlp: Mlp, make: Maker) -> ReactMlp:
@@ -57,7 +54,7 @@ def _is_binary(make: Maker, operand: Operand) -> bool:
 REACT_HANDLERS = {
     **HANDLERS,
     nn.Linear: Handler(react_linear, LAYER_OPERANDS),
-    Attention: Handler(react_attention, HANDLERS[Attention].operands),
+    Pair: Handler(react_pair, HANDLERS[Pair].operands),
     Mlp: Handler(react_mlp, ()),
 }
 

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.calibrate import Batch, calibrate_in_order, joined, run, untouched_on_error
-from qat.journal import Journal
+from qat.journal import Journal, NoJournal
 from qat.layers import QuantLinear
 from qat.quantizers import Phase, set_phase
 from qat.transforms import Dual, Hadamard, Scaling, Transform, Transforms
@@ -154,7 +154,7 @@ class LRQDiT:
         with untouched_on_error(model):
             set_phase(model, Phase.FLOAT)
             if self.rotate is not None or self.smooth:
-                self._transform(model, batch, journal or Journal())
+                self._transform(model, batch, journal or NoJournal())
             calibrate_in_order(model, batch)
             set_phase(model, Phase.QUANTIZE)
 

@@ -16,7 +16,8 @@ odd codes cost one multiplication (`qat.quantizers.log`).
 Modes: `code` is the official repository, in which z~ is a fraction; `paper` rounds it, as an
 integer kernel must. The other difference, what becomes of small attention values, is the `zero` of
 the quantizer: `extra` in the code, `none` in the paper.
-Deviations: a channel that is constant, or nearly, has a scale that does not vanish; the
+Deviations: any LayerNorm is folded whose only reader is a linear layer, not those of named blocks;
+a channel that is constant, or nearly, has a scale that does not vanish; the
 reparametrized float model is compared with the original.
 Provenance: the authors' code (commit a160561), read, not copied.
 """
@@ -24,7 +25,7 @@ Provenance: the authors' code (commit a160561), read, not copied.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from qat.calibrate import calibrate_in_order, joined, observed_by, untouched_on_error
 from qat.journal import Journal
 from qat.layers import QuantLinear
+from qat.models import example_inputs
 from qat.quantizers import (
     Affine,
     ObserverFactory,
@@ -43,9 +45,7 @@ from qat.quantizers import (
     set_phase,
 )
 from qat.spec import Granularity, QuantSpec
-
-NEIGHBOURS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("norm", "reduction"))
-"""A LayerNorm and the linear layer it feeds: ViT and Swin blocks, Swin patch merging."""
+from qat.trace import trace
 
 CommonGrid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From scales and zero points of the channels to one of each for all."""
@@ -110,13 +110,16 @@ class RepQViT:
         images = joined(batches)
         observer = partial(PercentileMSE, per_token=self.per_token)
         with untouched_on_error(model):
-            pairs = calibrate_channels(model, images, observer)
+            pairs = calibrate_channels(model, images, observer, journal)
             reparametrize_norms(model, images, pairs, MODES[self.mode], observer)
 
 
 @torch.no_grad()
 def calibrate_channels(
-    model: nn.Module, images: Float[Tensor, "batch c h w"], observer: ObserverFactory
+    model: nn.Module,
+    images: Float[Tensor, "batch ..."],
+    observer: ObserverFactory,
+    journal: Journal | None = None,
 ) -> list[Pair]:
     """Calibrate every quantizer in order, those behind LayerNorms with a scale for each channel.
 
@@ -124,7 +127,7 @@ def calibrate_channels(
     own ones back, from the pairs that this returns.
     """
     set_phase(model, Phase.FLOAT)
-    pairs = norm_pairs(model)
+    pairs = norm_pairs(model, journal)
     for pair in pairs:
         spec = QuantSpec(max(2, pair.own.spec.bits), False, Granularity.PER_CHANNEL)
         channels = Affine(spec, pair.own.shape, pair.own.operand, observer=PercentileMSE)
@@ -137,7 +140,7 @@ def calibrate_channels(
 @torch.no_grad()
 def reparametrize_norms(
     model: nn.Module,
-    images: Float[Tensor, "batch c h w"],
+    images: Float[Tensor, "batch ..."],
     pairs: list[Pair],
     common_grid: CommonGrid,
     observer: ObserverFactory,
@@ -160,7 +163,8 @@ def reparametrize_norms(
         _fold(pair, common_grid)
     with observed_by(model, observer):
         calibrate_in_order(model, images)
-    gap = (_float_logits(model, sample) - before).norm() / before.norm()
+    smallest = torch.finfo(before.dtype).tiny  # a fresh classifier may give nothing but zeros
+    gap = (_float_logits(model, sample) - before).norm() / before.norm().clamp(min=smallest)
     if not gap < LARGEST_GAP:
         raise ValueError(
             f"reparametrization changes the float logits by {gap:.1%}: something between a "
@@ -169,33 +173,41 @@ def reparametrize_norms(
         )
 
 
-def norm_pairs(model: nn.Module) -> list[Pair]:
-    """Every LayerNorm with a layer whose input is quantized with one scale for all channels.
+def norm_pairs(model: nn.Module, journal: Journal | None = None) -> list[Pair]:
+    """Every LayerNorm whose only reader is a linear layer that quantizes its input by one scale.
+
+    Readers are found by a trace. Between both, values may change their places only.
+
+    Args:
+        model: A converted model.
+        journal: Is told how many of the LayerNorms these are.
 
     Raises:
         ValueError: If there is none.
     """
     found = []
-    for name, module in model.named_modules():
-        for norm_name, linear_name in NEIGHBOURS:
-            norm = getattr(module, norm_name, None)
-            owner, _, leaf = linear_name.rpartition(".")
-            linear = getattr(getattr(module, owner, None) if owner else module, leaf, None)
-            quantizer = getattr(linear, "input_quantizer", None)
-            if (
-                isinstance(norm, nn.LayerNorm)
-                and norm.elementwise_affine
-                and isinstance(quantizer, Quantizer)
-                and quantizer.spec.granularity is Granularity.PER_TENSOR
-            ):
-                path = f"{name}.{linear_name}".lstrip(".")
-                found.append(Pair(path, norm, linear, quantizer))  # type: ignore[arg-type]
+    traced = trace(model, example_inputs(model)).readers
+    for name, readers in traced.items():
+        norm: Any = model.get_submodule(name)
+        linear: Any = model.get_submodule(readers[0]) if len(readers) == 1 and readers[0] else None
+        own = getattr(linear, "input_quantizer", None)
+        if (
+            norm.elementwise_affine
+            and norm.bias is not None
+            and norm.normalized_shape == (getattr(linear, "in_features", None),)
+            and isinstance(own, Quantizer)
+            and own.spec.granularity is Granularity.PER_TENSOR
+        ):
+            found.append(Pair(str(readers[0]), norm, linear, own))
     if not found:
         raise ValueError(
-            "no LayerNorm to reparametrize: RepQ-ViT looks for norm1 -> attn.qkv, norm2 -> mlp.fc1 "
-            "and norm -> reduction, with a per-tensor quantizer on the layer's input; use "
+            f"no LayerNorm to reparametrize: of {len(traced)} none is read by a single linear "
+            "layer and nothing else, with a per-tensor quantizer on that layer's input; use "
             "ptq_init.percentile_mse for this model or plan"
         )
+    if journal is not None:
+        journal.note("norms_folded", len(found))
+        journal.note("norms", len(traced))
     return found
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat.journal import Journal
-from qat.layers import quantized_weights
+from qat.layers import QuantLayer, quantized_weights
 from qat.quantizers import ObserverFactory, Phase, Quantizer, quantizers, set_phase
 
 Batch = Tensor | tuple[Tensor, ...]
@@ -53,8 +53,7 @@ def observing(model: nn.Module) -> Iterator[None]:
     set_phase(model, Phase.OBSERVE)
     try:
         yield
-        for name, quantizer in found.items():
-            _freeze(name, quantizer)
+        _freeze_all(found)
     except BaseException:
         for name, quantizer in found.items():
             quantizer.load_state_dict(state[name])
@@ -168,7 +167,8 @@ def calibrate_in_order(model: nn.Module, batch: Batch) -> None:
 def _calibrate_weights(model: nn.Module) -> None:
     """Calibrate the weight quantizers still in FLOAT, which need no forward pass."""
     for name, weight, quantizer in quantized_weights(model):
-        if quantizer.phase is Phase.FLOAT:
+        made = isinstance(model.get_submodule(name), QuantLayer)  # its weight is made on the way
+        if quantizer.phase is Phase.FLOAT and not made:
             quantizer.phase = Phase.OBSERVE
             quantizer(weight)
             _freeze(f"{name}.weight_quantizer", quantizer)
@@ -222,6 +222,26 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _freeze_all(found: dict[str, Quantizer]) -> None:
+    """Freeze quantizers; where some saw data and one did not, say that the model passes it by."""
+    errors: dict[str, RuntimeError] = {}
+    for name, quantizer in found.items():
+        try:
+            quantizer.freeze()
+        except RuntimeError as error:
+            errors[name] = error
+    if not errors:
+        return
+    name, error = next(iter(errors.items()))
+    if len(errors) == len(found):
+        raise RuntimeError(f"{name}: {error}") from None
+    raise RuntimeError(
+        f"{name}: no batch came by it, while others were observed: the forward pass does without "
+        f"it, as without {len(errors) - 1} others; keep it in float by an earlier rule without "
+        "specs"
+    )
 
 
 def _freeze(name: str, quantizer: Quantizer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from qat.component import build, describe
@@ -100,13 +101,19 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
     if digest(state) != data["sha256"]:
         raise ValueError(f"checkpoint '{path}' is damaged: its tensors do not match their hash")
     model = build_model(data["model"], trust)
+    handlers = str((data["conversion"] or {}).get("handlers"))
+    if WINDOWS in handlers and any(isinstance(m, WindowAttention) for m in model.modules()):
+        raise ValueError(
+            f"checkpoint '{path}' holds a Swin whose queries were quantized before they were "
+            "scaled, which they no longer are; quantize or train the float model again"
+        )
     model.preprocessing = Preprocessing.from_dict(data["preprocessing"])  # type: ignore[assignment]
     if (conversion := data["conversion"]) is not None:
         convert_(
             model,
             Plan.from_list(conversion["plan"]),
             build(conversion["make_quantizer"], trust),
-            build(conversion["handlers"], trust),
+            build(_renamed(conversion["handlers"]), trust),
         )
     try:
         model.load_state_dict(state)
@@ -117,6 +124,30 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
             f"it was written with {data['versions']}"
         ) from None
     return model.eval()
+
+
+RENAMED = {
+    "timm.layers.attention.Attention": "qat.products.Pair",
+    "qat.convert.quant_attention": "qat.convert.quant_pair",
+    "qat.convert.quant_conv2d": "qat.convert.quant_conv",
+    "binaryvit.convert.react_attention": "binaryvit.convert.react_pair",
+}
+"""Names in files that were written when attention had twins of its own."""
+WINDOWS = "timm.models.swin_transformer.WindowAttention"
+
+
+def _renamed(handlers: Any) -> Any:
+    """Handlers of a file under the names of today; those of windows have gone into the others."""
+    if not isinstance(handlers, dict) or "items" not in handlers:
+        return handlers
+    kept = [pair for pair in handlers["items"] if pair[0] != {"class_path": WINDOWS}]
+    return {"items": [[_todays(part) for part in pair] for pair in kept]}
+
+
+def _todays(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _todays(value) for key, value in data.items()}
+    return RENAMED.get(data, data) if isinstance(data, str) else data
 
 
 def build_model(recipe: dict[str, Any], trust: tuple[str, ...] = ()) -> nn.Module:

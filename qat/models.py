@@ -116,6 +116,11 @@ def example_inputs(model: nn.Module, device: str = "cpu") -> tuple[Tensor, ...]:
     return (torch.zeros(1, *expected_by(model).input_size, device=device),)
 
 
+def has_example(model: nn.Module) -> bool:
+    """Whether a model says what its inputs look like."""
+    return hasattr(model, "example_inputs") or hasattr(model, "preprocessing")
+
+
 def num_classes_of(model: nn.Module) -> int:
     """Size of the classifier of a timm model."""
     return int(model.num_classes)  # type: ignore[arg-type]

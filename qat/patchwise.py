@@ -37,7 +37,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qat import ops
-from qat.attention import QuantAttention
+from qat.layers import QuantMatmul
 from qat.quantizers import Affine, Codes, Phase, Quantizer, quantizers
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.slots import slot_of
@@ -92,11 +92,7 @@ class RandomOrder(Ranking):
 
 @dataclass(frozen=True)
 class Inverse(Ranking):
-    """The opposite of another ranking.
-
-    Attributes:
-        of: The ranking.
-    """
+    """The opposite of the ranking `of`."""
 
     of: Ranking = ClassAttention()
 
@@ -226,10 +222,9 @@ class PatchQuantizer(Quantizer):
         raise RuntimeError("calibrate the model before patch-wise bits are put on it")
 
     def freeze(self) -> None:
-        """Nothing to freeze."""
+        """Nothing to do."""
 
-    def forget(self) -> None:
-        """Nothing to forget."""
+    forget = freeze
 
     def codes(self, x: Tensor) -> Codes:
         """Refused: the codes of a tensor with two grids are no single table."""
@@ -248,8 +243,10 @@ def patchwise(model: nn.Module, bits: PatchBits) -> Iterator[nn.Module]:
         ValueError: If the model has other attention, whose tokens change their places from layer
             to layer (Swin), or is not calibrated, or a width does not exist.
     """
-    attentions = [m for m in model.modules() if isinstance(m, QuantAttention)]
-    if not attentions or any(q.phase is not Phase.QUANTIZE for _, q in quantizers(model)):
+    products = ((name, getattr(module, "av", None)) for name, module in model.named_modules())
+    blocks = ((name, product) for name, product in products if name.startswith("blocks."))
+    maps = {name: product for name, product in blocks if isinstance(product, QuantMatmul)}
+    if not maps or any(q.phase is not Phase.QUANTIZE for _, q in quantizers(model)):
         raise ValueError(
             "patch-wise bits need a calibrated ViT with both attention products quantized; "
             "convert it with a plan that has query, key, attention and value, and calibrate it"
@@ -257,11 +254,11 @@ def patchwise(model: nn.Module, bits: PatchBits) -> Iterator[nn.Module]:
     num_prefix = int(getattr(model, "num_prefix_tokens", 0))
     num_tokens = int(model.patch_embed.num_patches) + num_prefix  # type: ignore[union-attr]
     current = Current()
-    own = dict(_ranked(model, bits.first_block))
+    own = dict(_ranked(model, next(iter(maps)), bits.first_block))
     if not own:
         raise ValueError(
             f"no operand of patches from block {bits.first_block} on: the model has "
-            f"{len(attentions)} blocks, numbered from 0; lower PatchBits.first_block"
+            f"{len(maps)} blocks, numbered from 0; lower PatchBits.first_block"
         )
     parts = {
         path: PatchQuantizer(q, bits, current, num_prefix, num_tokens) for path, q in own.items()
@@ -271,7 +268,7 @@ def patchwise(model: nn.Module, bits: PatchBits) -> Iterator[nn.Module]:
         current.top = bits.top(operands[0].detach(), num_prefix, current.num_maps)
         current.num_maps += 1
 
-    handles = [attention.av.register_forward_pre_hook(rank) for attention in attentions]
+    handles = [product.register_forward_pre_hook(rank) for product in maps.values()]
     for path, part in parts.items():
         model.set_submodule(path, part)
     try:
@@ -283,9 +280,8 @@ def patchwise(model: nn.Module, bits: PatchBits) -> Iterator[nn.Module]:
             handle.remove()
 
 
-def _ranked(model: nn.Module, first_block: int) -> Iterator[tuple[str, Affine | LSQ]]:
-    """The quantizers of patches behind the first attention map, in the order of the model."""
-    first = next(name for name, m in model.named_modules() if isinstance(m, QuantAttention))
+def _ranked(model: nn.Module, first: str, first_block: int) -> Iterator[tuple[str, Affine | LSQ]]:
+    """The quantizers of patches behind the map of the `first` attention, in the model's order."""
     for path, quantizer in quantizers(model):
         slot = slot_of(path, quantizer)
         before = (slot.module == first and slot.operand is not Operand.VALUE) or (

@@ -8,8 +8,12 @@ A plan is data, a YAML list of rules; `search` writes one, everything else reads
     - {pattern: head, reason: the classifier stays in float}
 
 The first rule whose pattern matches a module's name applies to it; a rule without specs keeps what
-it matches in float, for the reason it states. Patterns are those of `fnmatch`: `*` also matches
-dots.
+it matches in float, for the reason it states. A rule without effect is an error, unless it says
+`optional: true`. Patterns are those of `fnmatch`: `*` also matches dots.
+
+Products of activations belong to the module that runs them: `query`, `key`, `attention` and `value`
+where a softmax stands between two, `left` and `right` elsewhere. Where a module has several, the
+second is called `module#1`, the third `module#2`; a rule for the module holds for all of them.
 """
 
 import difflib
@@ -40,6 +44,9 @@ class Rule:
         attention: Spec of the softmax output, the left operand of A V.
         value: Spec of the right operand of A V.
         reason: Why the rule says what it says; shown beside what it keeps in float.
+        left: Spec of the left operand of products of activations outside of an attention.
+        right: Spec of their right operand.
+        optional: The rule, or some of its specs, may have no effect.
     """
 
     pattern: str
@@ -50,6 +57,9 @@ class Rule:
     attention: QuantSpec | None = None
     value: QuantSpec | None = None
     reason: str = ""
+    left: QuantSpec | None = None
+    right: QuantSpec | None = None
+    optional: bool = False
 
     def spec(self, operand: Operand) -> QuantSpec | None:
         """The spec this rule gives to an operand."""
@@ -79,21 +89,24 @@ class Plan:
         return iter(self.rules)
 
     def match(self, name: str) -> Rule | None:
-        """The first rule whose pattern matches `name`."""
-        return next((r for r in self.rules if fnmatch.fnmatchcase(name, r.pattern)), None)
+        """The first rule whose pattern matches `name`, or `name` without its `#` and number."""
+        found = next((r for r in self.rules if fnmatch.fnmatchcase(name, r.pattern)), None)
+        return self.match(name.partition("#")[0]) if found is None and "#" in name else found
 
     def check_applied(self, applied: dict[str, frozenset[Operand]]) -> None:
         """Refuse rules, and specs of rules, that have no effect.
 
         Args:
-            applied: For each quantizable module, by name, the operands it has.
+            applied: For each layer and product, by plan name, the operands it has.
 
         Raises:
-            ValueError: If a rule applies to no module, or gives a spec to an operand that none of
-                its modules has.
+            ValueError: If a rule that is not optional applies to nothing, or gives a spec to an
+                operand that nothing it applies to has.
         """
         for rule in self.rules:
             names = [name for name in applied if self.match(name) is rule]
+            if rule.optional:
+                continue
             if not names:
                 raise ValueError(self._unused(rule, list(applied)))
             present = frozenset[Operand]().union(*(applied[name] for name in names))
@@ -116,7 +129,7 @@ class Plan:
         near = difflib.get_close_matches(rule.pattern.replace("*", "0"), names, n=3, cutoff=0.3)
         return (
             f"plan rule '{rule.pattern}' matches no quantizable layer; nearest names: "
-            f"{_words(near or names[:3])}"
+            f"{_words(near or names[:3])}; write `optional: true` where it need not match"
         )
 
     @staticmethod
@@ -134,6 +147,7 @@ class Plan:
         """The plan as plain lists and dictionaries, defaults left out."""
         return [
             {"pattern": rule.pattern}
+            | ({"optional": True} if rule.optional else {})
             | {name: _spec_items(spec) for name in OPERANDS if (spec := getattr(rule, name))}
             | ({"reason": rule.reason} if rule.reason else {})
             for rule in self.rules
@@ -143,7 +157,8 @@ class Plan:
     def uniform(weight: int, activation: int) -> "Plan":
         """Every product at one width of weights and one of activations, the image on 8 bits.
 
-        Weights have a scale for each output channel; all grids have a zero point.
+        Weights have a scale for each output channel; all grids have a zero point. It applies to any
+        model; one without a `patch_embed.proj` has no rule of its own for the image.
 
         Raises:
             ValueError: If a width is impossible.
@@ -152,8 +167,8 @@ class Plan:
         image, low = QuantSpec(8, False), QuantSpec(activation, False)
         return Plan(
             (
-                Rule("patch_embed.proj", weight=weights, input=image),
-                Rule("*", weights, low, query=low, key=low, attention=low, value=low),
+                Rule("patch_embed.proj", weights, image, optional=True),
+                Rule("*", weights, low, low, low, low, low, left=low, right=low, optional=True),
             )
         )
 
@@ -209,7 +224,10 @@ def _rule(item: object) -> Rule:
     if not isinstance(item.get("pattern"), str):
         raise ValueError(f"rule {item} needs a 'pattern', a string such as 'blocks.*'")
     specs = {name: _spec(name, item[name]) for name in OPERANDS if name in item}
-    return Rule(item["pattern"], **specs, reason=str(item.get("reason", "")))
+    optional = item.get("optional", False)
+    if not isinstance(optional, bool):
+        raise ValueError(f"optional must be true or false in rule {item}, got {optional!r}")
+    return Rule(item["pattern"], **specs, reason=str(item.get("reason", "")), optional=optional)
 
 
 def _spec(operand: str, item: object) -> QuantSpec:

@@ -24,6 +24,8 @@ class Operand(StrEnum):
     KEY = "key"
     ATTENTION = "attention"
     VALUE = "value"
+    LEFT = "left"
+    RIGHT = "right"
 
 
 @dataclass(frozen=True)

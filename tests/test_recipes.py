@@ -14,7 +14,7 @@ from qat.cli.grid import choices
 from qat.cli.main import make_parser
 from qat.cli.recipe import load_recipe
 from qat.plan import load_plan
-from qat.quantizers import LSQ, DynamicToken, PerOperand, quantizers
+from qat.quantizers import Affine, DynamicToken, PerOperand, quantizers
 from tests import runs
 from tests.qat.diffusion.common import tiny_dit
 
@@ -88,7 +88,7 @@ def test_plan_applies_to_a_vit_without_an_idle_rule(path: Path, tiny_vit, images
 
         conversion = qat.convert_(tiny_vit, Plan.load(path), BinaryQuantizers())
     else:
-        conversion = qat.convert_(tiny_vit, Plan.load(path), LSQ)
+        conversion = qat.convert_(tiny_vit, Plan.load(path), Affine)
     assert conversion.plan == Plan.load(path)
     bits = {quantizer.spec.bits for _, quantizer in quantizers(tiny_vit)}
     named = {int(width) for width in re.findall(r"\d", path.stem)}

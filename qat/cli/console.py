@@ -33,12 +33,17 @@ def check_coverage(model: nn.Module, required: float | None) -> None:
     """Print the coverage of a model, and refuse one that is too low.
 
     Raises:
-        ValueError: If less than `required` of the MACs runs below 16 bits.
+        ValueError: If less than `required` of the MACs runs below 16 bits, or it cannot be said.
     """
     costs = cost(model)
     console.print(coverage_table(costs))
     for line in coverage_lines(model, costs):
         console.print(line, highlight=False)
+    if required is not None and costs.uncounted:
+        raise ValueError(
+            f"coverage cannot be said to be {required}: the operations of "
+            f"{', '.join(costs.uncounted[:3])} cannot be counted; leave --require_coverage out"
+        )
     if required is not None and costs.coverage_macs < required:
         raise ValueError(
             f"coverage is {costs.coverage_macs:.4f} of the MACs, below the required {required}; "

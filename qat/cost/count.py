@@ -1,6 +1,7 @@
 """Parameters, bytes and operations of a model under its plan, by one stated formula.
 
-    MACs    multiply-accumulates of an image in every product: linear, convolution, Q K^T, A V
+    MACs    multiply-accumulates of an image in every product: linear, convolution, Q K^T, A V; half
+            of what `torch.utils.flop_counter` counts
     BOPs    sum over products of MACs * bits of one operand * bits of the other; float counts 32
     bytes   weights at their bits, plus 32 bits for each weight scale and zero point, and for every
             other parameter and persistent floating-point buffer; signs and orders are not counted
@@ -9,14 +10,16 @@ Additions of biases, normalization, softmax and activation functions are not cou
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.models import example_inputs
+from qat.products import groups
 from qat.quantizers import Phase, Quantizer, set_phase
+from qat.trace import MULTIHEAD, REACHABLE, Call, trace
 from qat.transforms import Transforms
 
 FLOAT_BITS = 32
@@ -32,8 +35,9 @@ class Site:
     """One matrix product of a model.
 
     Attributes:
-        name: Name of the module; products of attention end in `.qk` and `.av`.
-        kind: Class name of the module, or `product`.
+        name: Name of the module; products of attention end in `.qk` and `.av`, others that have no
+            weight in `.product`.
+        kind: Class name of the module, `product`, or the function that cannot be quantized.
         macs: Multiply-accumulates for one image.
         bits: Widths of the two operands: input and weight, or left and right of a product; means
             over tokens, and so perhaps fractions, where tokens differ.
@@ -75,8 +79,8 @@ class Cost:
         sites: Every matrix product.
         num_other: Parameters and buffers, by group, that no site's weight holds: `position`,
             `norm`, `bias`, `quantizer`, `transform` and `other`; 32 bits each.
-        uncounted: Modules that own a weight but are of no known product type; their operations
-            are missing.
+        uncounted: Modules whose operations are not all counted, such as an LSTM, whose kernel shows
+            none: then the coverage is at most what it says.
     """
 
     sites: tuple[Site, ...]
@@ -111,32 +115,42 @@ class Cost:
 
 
 def cost(model: nn.Module) -> Cost:
-    """Cost of one image through a timm model, converted or not. Touches no data.
+    """Cost of one image through a model, converted or not. Touches no data.
 
-    The model is traced on the meta device, so nothing is computed.
+    The model is traced on the meta device, so nothing is computed. Every operation that torch's
+    FLOP counter counts is part of a site; what no quantizer reaches is in float, by name.
     """
-    traced = copy.deepcopy(model).to("meta").eval()
-    set_phase(traced, Phase.FLOAT)
-    sites: dict[str, list[Site]] = {}
+    found = trace(model, example_inputs(model))
+    names = {owner: _products(owner, calls) for owner, calls in found.owners().items()}
+    sites: list[Site] = []
+    stored: set[str] = set()
+    for call in found.calls:
+        layer, transforms, _ = call.owner.partition(".input_transform")
+        if transforms:
+            name = f"{layer}{transforms}"
+            sites.append(Site(name, TRANSFORM, sum(call.macs), (FLOAT_BITS, FLOAT_BITS)))
+        elif call.layer is not None:
+            sites.append(_layer_site(model, call, stored))
+        elif call.function is MULTIHEAD:
+            sites += _multihead_sites(model, call, stored)
+        elif sum(call.macs):
+            named = (
+                names.get(call.owner, {}).get(call.number) if call.function in REACHABLE else None
+            )
+            sites += _product_sites(model, call, named)
+    return Cost(tuple(sites), _other(model, {site.name for site in sites}), found.uncounted)
 
-    def record(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            for site in _sites(name, module, inputs[0], output):
-                # A module that runs twice computes twice and is stored once.
-                again = name in sites and site.num_weights > 0
-                site = replace(site, num_weights=0, num_scales=0) if again else site
-                sites.setdefault(name, []).append(site)
 
-        return module.register_forward_hook(hook)
-
-    for name, module in traced.named_modules():
-        if _is_layer(module) or _is_attention(module):
-            record(name, module)
-    with torch.no_grad():
-        traced(*example_inputs(model, "meta"))
-    found = tuple(site for group in sites.values() for site in group)
-    other, uncounted = _other(traced, {site.name for site in found})
-    return Cost(found, other, uncounted)
+def _products(owner: str, calls: list[Call]) -> dict[int, list[str]]:
+    """For the number of each call, the names of its products."""
+    found: dict[int, list[str]] = {}
+    for group in groups(owner, calls):
+        products = [f"{group.name}.{child.partition('_')[0]}" for child in group.children]
+        if len(group.calls) == 1:
+            found[group.calls[0]] = products
+        else:
+            found |= {call: [one] for call, one in zip(group.calls, products, strict=True)}
+    return found
 
 
 def activation_bytes(model: nn.Module) -> int:
@@ -163,50 +177,76 @@ def activation_bytes(model: nn.Module) -> int:
     return total
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv2d) or hasattr(module, "weight_quantizer")
+def _bits(module: Any, quantizer: str) -> Width:
+    found = getattr(module, quantizer, None)
+    return found.mean_bits if isinstance(found, Quantizer) else FLOAT_BITS
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "qkv") and hasattr(module, "num_heads")
+def _layer_site(model: nn.Module, call: Call, stored: set[str]) -> Site:
+    """The product of a layer."""
+    name = str(call.layer)
+    module: Any = model.get_submodule(name)
+    left, right = _bits(module, "input_quantizer"), _bits(module, "weight_quantizer")
+    if call.layer != call.owner:  # used by a module that may pass the layer's quantizers by
+        owner = model.get_submodule(call.owner)
+        paths = (f"{call.owner}.{path}".lstrip(".") for path in getattr(owner, "bypassed", ()))
+        left, right = (left, right) if name in paths else (FLOAT_BITS, FLOAT_BITS)
+    return _weighted(name, module, sum(call.macs), (left, right), stored)
 
 
-def _bits(quantizer: Any) -> Width:
-    return quantizer.mean_bits if isinstance(quantizer, Quantizer) else FLOAT_BITS
+def _multihead_sites(model: nn.Module, call: Call, stored: set[str]) -> list[Site]:
+    """Torch's multi-head attention, one function: projections, both products, output layer."""
+    *projections, qk, av, output = call.macs
+    module: Any = model.get_submodule(call.owner)
+    bits = _bits(module, "input_quantizer"), _bits(module, "weight_quantizer")
+    sites = [_weighted(call.owner, module, sum(projections), bits, stored)]
+    for child, macs in (("qk", qk), ("av", av)):
+        sites.append(_product_site(f"{call.owner}.{child}", macs, getattr(module, child, None)))
+    layer: Any = module.out_proj
+    bits = _bits(layer, "input_quantizer"), _bits(layer, "weight_quantizer")
+    return [*sites, _weighted(f"{call.owner}.out_proj", layer, output, bits, stored)]
 
 
-def _sites(name: str, module: Any, x: Tensor, output: Tensor) -> list[Site]:
-    if _is_layer(module):
-        weight, quantizer = module.weight, getattr(module, "weight_quantizer", None)
-        num_scales = 0
-        if isinstance(quantizer, Quantizer):
-            codes = quantizer.codes(weight)
-            num_scales = codes.scale.numel()
-            num_scales += 0 if codes.zero_point is None else codes.zero_point.numel()
-            num_scales += quantizer.num_extra_scales
-        bits = (_bits(getattr(module, "input_quantizer", None)), _bits(quantizer))
-        macs = output.numel() * weight[0].numel()
-        kind = type(module).__name__
-        sites = [Site(name, kind, macs, bits, weight.numel(), num_scales)]
-        if (transform := getattr(module, "input_transform", None)) is not None:
-            macs = x.numel() * transform.macs_per_feature
-            sites.append(Site(f"{name}.input_transform", TRANSFORM, macs, (FLOAT_BITS, FLOAT_BITS)))
-        return sites
-    windows, tokens, _ = x.shape
-    macs = windows * tokens * tokens * module.qkv.out_features // 3
-    products = []
-    for product in ("qk", "av"):
-        matmul = getattr(module, product, None)
-        left = _bits(getattr(matmul, "left_quantizer", None))
-        right = _bits(getattr(matmul, "right_quantizer", None))
-        products.append(Site(f"{name}.{product}", "product", macs, (left, right)))
-    return products
+def _weighted(
+    name: str, module: Any, macs: int, bits: tuple[Width, Width], stored: set[str]
+) -> Site:
+    """A product with a weight; one that runs twice computes twice and is stored once."""
+    kind = type(module).__name__
+    if name in stored:
+        return Site(name, kind, macs, bits)
+    stored.add(name)
+    weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+    num_scales, quantizer = 0, getattr(module, "weight_quantizer", None)
+    if isinstance(quantizer, Quantizer):
+        codes = quantizer.codes(weight.detach())
+        num_scales = codes.scale.numel() + quantizer.num_extra_scales
+        num_scales += 0 if codes.zero_point is None else codes.zero_point.numel()
+    return Site(name, kind, macs, bits, weight.numel(), num_scales)
 
 
-def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+def _product_sites(model: nn.Module, call: Call, products: list[str] | None) -> list[Site]:
+    """Products of activations; what cannot be quantized is in float, under its owner's name."""
+    if products is None or len(products) != len(call.macs):
+        kind = getattr(call.function, "__name__", "unknown")
+        bits = FLOAT_BITS, FLOAT_BITS
+        return [Site(call.owner or "(the model itself)", kind, sum(call.macs), bits)]
+    module = model.get_submodule(call.owner)
+    sent = getattr(module, "sites", ())[call.number : call.number + 1]
+    children = sent[0].children if sent and sent[0] is not None else (None,) * len(products)
+    return [
+        _product_site(name, macs, child and getattr(module, child))
+        for name, child, macs in zip(products, children, call.macs, strict=True)
+    ]
+
+
+def _product_site(name: str, macs: int, matmul: Any) -> Site:
+    bits = _bits(matmul, "left_quantizer"), _bits(matmul, "right_quantizer")
+    return Site(name, "product", macs, bits)
+
+
+def _other(model: nn.Module, sites: set[str]) -> dict[str, int]:
     groups: tuple[str, ...] = ("position", "norm", "bias", "quantizer", "transform", "other")
     counts: dict[str, int] = dict.fromkeys(groups, 0)
-    uncounted = []
     seen: set[int] = set()
     for key, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or id(tensor) in seen:
@@ -215,7 +255,7 @@ def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
         path = [model.get_submodule(owner[:i]) for i in _prefixes(owner)]
-        if leaf == "weight" and owner in sites:
+        if leaf in ("weight", "in_proj_weight") and owner in sites:
             continue
         if any(isinstance(part, Quantizer) for part in path):
             # Scales of weights are counted with their site.
@@ -230,9 +270,7 @@ def _other(model: nn.Module, sites: set[str]) -> tuple[dict[str, int], tuple[str
             counts["position"] += tensor.numel()
         else:
             counts["other"] += tensor.numel()
-            if tensor.ndim > 1 and not isinstance(module, nn.Embedding):  # a look-up is free
-                uncounted.append(owner or key)
-    return counts, tuple(dict.fromkeys(uncounted))
+    return counts
 
 
 def _prefixes(name: str) -> list[int]:

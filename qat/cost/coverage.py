@@ -34,7 +34,8 @@ def coverage_lines(model: nn.Module, cost: Cost) -> list[str]:
         reasons = kept_in_float(model, cost).items()
         lines += [f"not below 16 bits: {name}: {reason}" for name, reason in reasons]
     return lines + [
-        f"operations not counted: {name}, a module of unknown type" for name in cost.uncounted
+        f"operations not counted: {name}; the coverage is at most what is said here"
+        for name in cost.uncounted
     ]
 
 

@@ -58,18 +58,16 @@ class Source:
         return self.read(index), int(self.labels[index])
 
 
-class Subset(Source):
-    """Some images of a source.
+def subset(source: Source, indices: Labels) -> Source:
+    """Some images of a source, with the ids they have there.
 
     Args:
         source: The source.
         indices: Which images, in which order.
     """
-
-    def __init__(self, source: Source, indices: Labels) -> None:
-        labels = [int(source.labels[int(index)]) for index in indices]
-        ids = [int(source.ids[int(index)]) for index in indices]
-        super().__init__(lambda i: source.read(int(indices[i])), labels, source.num_classes, ids)
+    labels = [int(source.labels[int(index)]) for index in indices]
+    ids = [int(source.ids[int(index)]) for index in indices]
+    return Source(lambda i: source.read(int(indices[i])), labels, source.num_classes, ids)
 
 
 def digits(split: str) -> Source:

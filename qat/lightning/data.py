@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
-from qat.data.sources import Source, Subset
+from qat.data.sources import Source, subset
 from qat.preprocessing import Preprocessing, check_transform
 
 
@@ -104,7 +104,7 @@ class VisionData(LightningDataModule):
         if self.calibrate_on == "train":
             return self.val
         drawn = set(self._calibration_draw(self.val))
-        return Subset(self.val, [i for i in range(len(self.val)) if i not in drawn])
+        return subset(self.val, [i for i in range(len(self.val)) if i not in drawn])
 
     def calibration_batches(self) -> list[Tensor]:
         """Batches of preprocessed images, copies last; the same in every process.

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from qat import checkpoint as files
 from qat.calibrate import calibrate
 from qat.convert import Conversion, convert_
-from qat.journal import Journal
+from qat.journal import Journal, NoJournal
 from qat.plan import Plan, load_plan
 from qat.quantizers import LSQ, Factory, Phase, QuantizerFactory, quantizers
 from qat.train.regularize import Regularizer
@@ -56,7 +56,7 @@ class Training(LightningModule):
         super().__init__()
         self.model = converted(model, checkpoint, plan, quantizer, convert)
         self.initialise = initialise
-        self.journal: Journal = Journal()
+        self.journal: Journal = NoJournal()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.regularizer = regularizer
         self._rng_state: Tensor | None = None

@@ -53,6 +53,9 @@ class LSQ(Quantizer):
         shape: Trailing shape of the operand.
         operand: Role of the tensor in its product.
         observer: Statistics that choose the starting scale.
+
+    Raises:
+        ValueError: If the weights of a layer are to be unsigned.
     """
 
     def __init__(
@@ -64,6 +67,12 @@ class LSQ(Quantizer):
         observer: ObserverFactory = MeanMagnitude,
     ) -> None:
         super().__init__(spec, shape, operand)
+        if operand is Operand.WEIGHT and not spec.signed:
+            raise ValueError(
+                "LSQ has no zero point, so an unsigned grid would lose all negative weights; leave "
+                "`signed: false` out of the plan, as configs/plans/vit_w4a4.yaml does, or take the "
+                "quantizer qat.quantizers.Affine with learn_scale"
+            )
         self.observer = observer(spec, shape)
         self.scale = nn.Parameter(torch.ones(spec.scale_shape(shape)))
         values_per_scale = math.prod(shape) / self.scale.numel()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.layers import quantized_weights, through
 from qat.likelihood import log_likelihoods
 from qat.quantizers import quantizers
-from qat.reconstruct.stages import Stage
+from qat.reconstruct.stage import Stage
 from qat.reconstruct.terms import Probe, QuantizedWeight, Step
 from qat.spec import Operand
 

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.calibrate import Initialiser, joined, untouched_on_error
-from qat.journal import Journal
+from qat.journal import Journal, NoJournal
 from qat.quantizers import Phase, set_phase
 from qat.reconstruct.data import (
     StageData,
@@ -36,7 +36,8 @@ from qat.reconstruct.data import (
     token_importance,
     weights_of,
 )
-from qat.reconstruct.stages import Stage, stages
+from qat.reconstruct.stage import Stage
+from qat.reconstruct.stages import stages
 from qat.reconstruct.terms import Term
 from qat.reconstruct.trainable import Trainable
 
@@ -109,7 +110,7 @@ class Reconstruction:
         Raises:
             ValueError: If the architecture is not known to `qat.reconstruct.stages`.
         """
-        journal = journal or Journal()
+        journal = journal or NoJournal()
         original = copy.deepcopy(model) if original is None else original
         set_phase(original, Phase.FLOAT)
         original.eval().requires_grad_(False)
@@ -230,6 +231,7 @@ def start_and_reconstruct(
         loop: The reconstruction, towards the float model as it is now.
         journal: Hears of the progress.
     """
+    stages(model)  # refuses a model that it cannot divide, before any work
     images = joined(batches)
     original = copy.deepcopy(model)
     with untouched_on_error(model):

@@ -1,11 +1,10 @@
-"""A vision transformer or a ResNet as a chain of stages: embedding, blocks, classifier.
+"""A model as a chain of stages: embedding, blocks, classifier.
 
 Block reconstruction needs to run any stage alone and to run what follows it. Each stage maps one
 tensor to the next; their composition is the model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from timm.models.resnet import ResNet
@@ -13,20 +12,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a chain.
-
-    Attributes:
-        name: Name of its main module.
-        modules: The modules it runs.
-        forward: From the output of the stage before, images for the first, to its own output.
-    """
-
-    name: str
-    modules: tuple[nn.Module, ...]
-    forward: Callable[[Tensor], Tensor]
+from qat.reconstruct.sequences import sequence_stages
+from qat.reconstruct.stage import Stage
 
 
 def vit_stages(model: VisionTransformer) -> list[Stage]:
@@ -89,14 +76,17 @@ def stages(model: nn.Module) -> list[Stage]:
     """The stages of a model, in order.
 
     Raises:
-        ValueError: If the model is of an architecture whose chain is not known.
+        ValueError: If the model is of an architecture whose chain is neither known nor found.
     """
     chain = CHAINS.get(type(model))
     if chain is None:
-        known = ", ".join(sorted(kind.__name__ for kind in CHAINS))
+        found = sequence_stages(model)
+        if found is not None:
+            return found
         raise ValueError(
-            f"cannot divide a {type(model).__name__} into stages; block-wise methods know {known}. "
-            "Use a calibration-only method (minmax, percentile_mse), or add its chain to "
+            f"cannot divide a {type(model).__name__} into stages: no sequence of like blocks in "
+            "it runs one after another on a single tensor, with nothing passed around it. Use a "
+            "calibration-only method (minmax, percentile_mse), or add its chain to "
             "qat.reconstruct.stages"
         )
     return chain(model)

@@ -29,7 +29,7 @@ from qat.cost.count import Cost, Site, Width, cost
 from qat.cost.latency import LatencyTable
 from qat.plan import Plan, Rule
 from qat.quantizers import quantizers
-from qat.quantizers.slots import Slot, slot_of, slots_of
+from qat.quantizers.slots import PRODUCTS, Slot, slot_of, slots_of
 from qat.search.allocate import Component, Frontier, Option, Picks, totals
 from qat.search.sensitivity import Table
 from qat.spec import Operand
@@ -177,7 +177,8 @@ def plan_of(template: nn.Module, chosen: Mapping[Slot, int], reasons: Mapping[st
             for slot, bits in chosen.items()
             if slot.module == owner
         }
-        words = [reasons[name] for name in (owner, f"{owner}.qk", f"{owner}.av") if name in reasons]
+        names = (owner, *(f"{owner}.{product}" for product in PRODUCTS))
+        words = [reasons[name] for name in names if name in reasons]
         rules.append(Rule(owner, **specs, reason="; ".join(words)))
     kept = conversion.kept.items()  # type: ignore[union-attr]
     return Plan((*rules, *(Rule(name, reason=reason) for name, reason in kept)))

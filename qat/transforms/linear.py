@@ -34,11 +34,6 @@ class Scaling(nn.Module):
         """Multiply."""
         return x * self.scale
 
-    @property
-    def macs_per_feature(self) -> int:
-        """Multiply-accumulates for each feature of a token."""
-        return 1
-
     def fold(self, weight: Tensor) -> Tensor:
         """Divide the weight's input channels."""
         return weight / self.scale
@@ -76,12 +71,6 @@ class Hadamard(nn.Module):
 
     fold = forward
 
-    @property
-    def macs_per_feature(self) -> int:
-        """Additions of a fast transform for each feature of a token, counted as MACs."""
-        small = len(self.left)
-        return (small if small > 1 else 0) + len(self.right).bit_length() - 1
-
 
 class Dual(nn.Module):
     """Rotation of groups of channels, permutation, rotation of groups.
@@ -113,11 +102,6 @@ class Dual(nn.Module):
 
     fold = forward
 
-    @property
-    def macs_per_feature(self) -> int:
-        """Multiply-accumulates for each feature of a token."""
-        return 2 * len(self.first)
-
     @staticmethod
     def _blocks(x: Tensor, block: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, len(block))) @ block.to(x.dtype)).flatten(-2)
@@ -135,11 +119,6 @@ class Transforms(nn.Sequential):
         names = {kind: name for name, kind in PARTS.items()}
         for part in parts:
             self.add_module(names[type(part)], part)
-
-    @property
-    def macs_per_feature(self) -> int:
-        """Multiply-accumulates for each feature of a token."""
-        return sum(part.macs_per_feature for part in self)  # type: ignore[misc]
 
     @torch.no_grad()
     def fold(self, weight: Float[Tensor, "out channels"]) -> Float[Tensor, "out channels"]:

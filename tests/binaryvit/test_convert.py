@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from binaryvit.blocks import ContextShortcut, ReactLinear, ReactMlp
 from binaryvit.convert import react_
 from binaryvit.quantizers import BinaryWeight
 from qat import Phase, Plan, QuantSpec, Rule
-from qat.attention import QuantAttention, QuantWindowAttention
 from qat.convert import Conversion
 from qat.layers import QuantLinear, quantized_weights
+from qat.products import QuantProducts
 from tests.conftest import make_tiny_vit
 
 BIT = QuantSpec(1)
@@ -173,12 +174,13 @@ def test_the_loaded_model_trains_on_as_the_saved_one(
 
 def test_react_attention_adds_queries_keys_and_values_while_quantizing() -> None:
     attention = Attention(12, num_heads=3, qkv_bias=True)
-    holder = nn.Sequential(attention)
+    holder: Any = nn.Sequential(attention)
+    holder.example_inputs = lambda device: (torch.zeros(1, 5, 12, device=device),)
     rule = Rule("0", query=BIT, key=BIT, attention=BIT, value=BIT)
     keep = Rule("0.*", reason="linear layers stay in float")
     react_(holder, Plan((rule, keep)), BinaryQuantizers())
     twin = holder[0]
-    assert isinstance(twin, QuantAttention)
+    assert isinstance(twin, QuantProducts)
     x = torch.randn(2, 5, 12)
     with qat.observing(twin):
         twin(x)
@@ -198,7 +200,7 @@ def test_a_layer_without_a_shortcut_is_refused_by_name_and_the_model_is_untouche
     with pytest.raises(ValueError, match=r"^head: no shortcut from 64 to 10 features"):
         react_(tiny_vit, Plan((Rule("*", weight=BIT, input=BIT),)), BinaryQuantizers())
     assert not list(quantized_weights(tiny_vit))
-    assert not [m for m in tiny_vit.modules() if isinstance(m, ReactMlp | QuantAttention)]
+    assert not [m for m in tiny_vit.modules() if isinstance(m, ReactMlp | QuantProducts)]
     assert torch.equal(tiny_vit(images), expected)
 
 
@@ -247,15 +249,12 @@ def test_a_swin_converts_exactly_trains_and_comes_back(convert: Convert, tmp_pat
     assert torch.equal(qat.load(tmp_path / "swin.pt")(images), logits)
 
 
-def test_react_surrounds_the_linear_layers_of_a_swin_but_not_its_windowed_context() -> None:
+def test_react_surrounds_the_linear_layers_of_a_swin_and_the_context_of_its_windows() -> None:
     swin = make_tiny_swin()
     react_(swin, PLAN, BinaryQuantizers())
-    kinds = [type(module) for module in swin.modules()]
-    counts = [
-        kinds.count(kind)
-        for kind in (ReactLinear, ReactMlp, QuantWindowAttention, QuantLinear, ContextShortcut)
-    ]
-    assert counts == [17, 4, 4, 0, 0]
+    kinds = (ReactLinear, ReactMlp, QuantProducts, QuantLinear, ContextShortcut)
+    counts = [sum(isinstance(module, kind) for module in swin.modules()) for kind in kinds]
+    assert counts == [17, 4, 4, 0, 4]
 
 
 @every_shift

@@ -1,4 +1,7 @@
-"""Small models, with the uneven channels that make post-training quantization hard."""
+"""Small models, with the uneven channels that make post-training quantization hard; a journal."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -6,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from qat import Plan
+from qat.journal import Journal
 from qat.models import timm_model
 
 
@@ -67,3 +71,30 @@ def plan(bits: int) -> Plan:
             {"pattern": "*", "weight": weight, **dict.fromkeys(operands, unsigned)},
         ]
     )
+
+
+class Memory(Journal):
+    """Remembers; stops after some parts, if asked to."""
+
+    def __init__(self, stop_after: int = 1000) -> None:
+        self.parts: dict[str, Mapping[str, Any]] = {}
+        self.losses: list[tuple[str, int, dict[str, float]]] = []
+        self.notes: dict[str, Any] = {}
+        self.stop_after = stop_after
+
+    def note(self, key: str, value: Any) -> None:
+        self.notes[key] = value
+
+    def begin(self, part: str, num_steps: int, parts_left: int) -> None:
+        pass
+
+    def step(self, part: str, step: int, losses: Mapping[str, float]) -> None:
+        self.losses.append((part, step, dict(losses)))
+
+    def finish(self, part: str, state: Mapping[str, Any]) -> None:
+        self.parts[part] = state
+        if len(self.parts) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def finished(self, part: str) -> Mapping[str, Any] | None:
+        return self.parts.get(part)

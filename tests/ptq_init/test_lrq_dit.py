@@ -19,9 +19,9 @@ from ptq_init.lrq_dit import (
 )
 from qat import Phase, set_phase
 from qat.diffusion import DiT
-from qat.journal import Journal
 from qat.quantizers import Affine, DynamicToken, PerOperand, TwinLog, quantizers
 from qat.transforms import Dual, Hadamard, Scaling
+from tests.ptq_init.common import Memory
 from tests.qat.common import assert_same_state, snapshot
 from tests.qat.diffusion.common import converted, inputs, tiny_dit
 
@@ -41,16 +41,6 @@ def _salient() -> DiT:
     return model
 
 
-class _Heard(Journal):
-    """Keeps what an initialiser notes."""
-
-    def __init__(self) -> None:
-        self.notes: dict = {}
-
-    def note(self, key: str, value: object) -> None:
-        self.notes[key] = value
-
-
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("rotate", [None, HadamardRotation(), QUICK, AdaptiveRotation(1.0)])
 def test_transformed_model_in_float_computes_what_it_did(
@@ -66,7 +56,7 @@ def test_transformed_model_in_float_computes_what_it_did(
 
 
 def test_fluctuation_decides_layer_by_layer_and_is_noted() -> None:
-    model, journal = converted(_salient()), _Heard()
+    model, journal = converted(_salient()), Memory()
     statistics = input_statistics(model, tuple(torch.cat(p) for p in zip(*_batches(), strict=True)))
     LRQDiT(AdaptiveRotation(8.0, salient=QUICK), smooth=False)(model, _batches(), journal)
     noted = {row["layer"]: row for row in journal.notes["transforms"]}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ from qat.quantizers import (
     TanQ,
     quantizers,
 )
-from tests.ptq_init.common import images, plan, tiny_swin, tiny_vit, uneven
+from tests.ptq_init.common import Memory, images, plan, tiny_swin, tiny_vit, uneven
 
 LOG = PerOperand(attention=LogSqrt2)
 
@@ -379,7 +379,8 @@ def test_failure_in_the_middle_brings_everything_back() -> None:
 
 
 def test_model_without_such_norms_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 4))
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 4))
+    model.example_inputs = lambda device: (torch.zeros(1, 3, 8, 8, device=device),)
     convert_(model, Plan.from_list([{"pattern": "*", "input": {"bits": 4}}]), Affine)
     with pytest.raises(ValueError, match=r"no LayerNorm to reparametrize.*percentile_mse"):
         RepQViT()(model, [images(2)])
@@ -427,3 +428,45 @@ def test_dopq_rounds_the_median_zero_point() -> None:
     found = model.blocks[0].attn.qkv.input_quantizer
     assert_close(found.scale, channels.scale.median())
     assert_close(found.zero_point, channels.zero_point.median().round())
+
+
+class Reader(nn.Module):
+    """Three LayerNorms: read by a layer alone, by an activation, and by two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.bent, self.shared = (nn.LayerNorm(8) for _ in range(3))
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8, bias=False) for _ in range(4))
+
+    def example_inputs(self, device: str) -> tuple[Tensor]:
+        return (torch.zeros(1, 5, 8, device=device),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(self.alone(x).transpose(1, 2).contiguous().transpose(1, 2))
+        x = x + self.b(self.bent(x).relu())
+        y = self.shared(x)
+        return self.c(y) + self.d(y)
+
+
+def test_norm_is_folded_where_its_only_reader_is_a_layer_and_the_count_is_told() -> None:
+    model, x = Reader(), torch.randn(6, 5, 8)
+    torch.nn.init.normal_(model.alone.weight)
+    exact = model(x)
+    convert_(model, Plan.uniform(8, 8), Affine)
+    assert [pair.name for pair in norm_pairs(model)] == ["a"]
+    journal = Memory()
+    RepQViT()(model, [x], journal)
+    assert (journal.notes["norms_folded"], journal.notes["norms"]) == (1, 3)
+    assert model.a.bias is not None and model.b.bias is None
+    assert (model(x) - exact).norm() / exact.norm() < 0.02
+
+
+def test_initialiser_that_fails_gives_a_layer_without_bias_none() -> None:
+    model, x = Reader(), torch.randn(6, 5, 8)
+    convert_(model, Plan.uniform(8, 8), Affine)
+    exact = model(x)
+    with pytest.raises(ZeroDivisionError), untouched_on_error(model):
+        RepQViT()(model, [x])
+        _ = 1 / 0
+    assert model.a.bias is None
+    assert torch.equal(model(x), exact)

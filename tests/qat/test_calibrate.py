@@ -144,13 +144,13 @@ def test_unconverted_model_is_refused_with_what_to_do(tiny_vit: nn.Module) -> No
         calibrate(tiny_vit, _batches(1))
 
 
-def test_quantizer_that_saw_no_data_is_named_and_the_model_unchanged() -> None:
+def test_layer_that_the_model_passes_by_is_named_as_such_and_the_model_unchanged() -> None:
     model = DeadBranch()
     four = {"bits": 4}
     plan = Plan.from_list([{"pattern": "*used", "weight": four, "input": four}])
     convert_(model, plan, LSQ)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"unused\.weight_quantizer: no batch was observed"):
+    with pytest.raises(RuntimeError, match=r"unused\.weight_quantizer: no batch came by it"):
         calibrate(model, [torch.randn(3, 1, 2, 2)])
     assert_same_state(snapshot(model), before)
 
@@ -176,8 +176,9 @@ def test_dropout_is_off_while_observing() -> None:
 
 def test_batches_run_without_gradient_and_parameters_stay_trainable(tiny_vit: nn.Module) -> None:
     enabled: list[bool] = []
+    converted(tiny_vit, "lsq")
     tiny_vit.head.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
-    calibrate(converted(tiny_vit, "lsq"), _batches(1))
+    calibrate(tiny_vit, _batches(1))
     assert enabled == [False]
     assert all(parameter.requires_grad for parameter in tiny_vit.parameters())
 

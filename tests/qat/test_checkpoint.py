@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.checkpoint import MANIFEST, digest, manifest, read, require_same
+from qat import Plan
+from qat.checkpoint import MANIFEST, WINDOWS, digest, manifest, read, require_same
 from qat.preprocessing import Preprocessing
 from qat.quantizers import LSQ, Affine, quantizers
 from tests.conftest import make_tiny_vit
-from tests.qat.common import plan, quantized
+from tests.qat.common import plan, quantized, swin
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("teacher", "lsq", "affine", "react")
@@ -316,3 +317,42 @@ def test_checkpoint_of_another_model_is_refused_by_the_part_that_differs(
         ValueError, match=rf"holds another {part} than the recipe asks for: .* here"
     ):
         require_same(*found)
+
+
+OLD_PAIR = {
+    "class_path": "qat.convert.Handler",
+    "init_args": {
+        "build": {"class_path": "qat.convert.quant_attention"},
+        "operands": ["query", "key", "attention", "value"],
+    },
+}
+
+
+def _as_written_before(path: Path) -> None:
+    """Name the handlers of a file as they were when attention had twins of its own."""
+    content = torch.load(path, weights_only=True)
+    handlers = content["lowbit"]["conversion"]["handlers"]
+    linear = [pair for pair in handlers["items"] if pair[0]["class_path"].endswith("Linear")]
+    attention = [{"class_path": name} for name in ("timm.layers.attention.Attention", WINDOWS)]
+    handlers["items"] = [*linear, *([kind, OLD_PAIR] for kind in attention)]
+    torch.save(content, path)
+
+
+def test_file_from_before_products_were_intercepted_gives_the_same_logits(
+    tiny_vit: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    quantized(tiny_vit, images, "lsq")
+    qat.save(tiny_vit, tmp_path / "model.ckpt")
+    _as_written_before(tmp_path / "model.ckpt")
+    assert torch.equal(qat.load(tmp_path / "model.ckpt")(images), tiny_vit(images))
+
+
+def test_swin_from_before_is_refused_since_its_queries_were_quantized_unscaled(
+    tmp_path: Path,
+) -> None:
+    model = swin()
+    qat.convert_(model, Plan.from_list([{"pattern": "*.attn", "query": {"bits": 4}}]), LSQ)
+    qat.save(model, tmp_path / "swin.ckpt")
+    _as_written_before(tmp_path / "swin.ckpt")
+    with pytest.raises(ValueError, match=r"holds a Swin whose queries .* train the float model"):
+        qat.load(tmp_path / "swin.ckpt")

@@ -1,5 +1,7 @@
 """The pass: exact in float, all or nothing, and no setting without effect."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.attention import Attention
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
 
+import qat
 from binaryvit import BinaryQuantizers
 from qat import Operand, Phase, Plan, Quantizer, QuantSpec, convert_, set_phase
-from qat.attention import QuantAttention
+from qat.calibrate import calibrate_in_order
 from qat.layers import QuantConv2d, QuantLinear
+from qat.products import QuantProducts
 from qat.quantizers import LSQ, Affine, quantizers
 from tests.conftest import make_tiny_vit
 from tests.qat.common import assert_same_state, distilled_deit, plan, snapshot, swin
@@ -52,11 +57,10 @@ class Factory:
 
 
 class DerivedLinear(nn.Linear):
-    """A linear layer whose forward may do anything."""
+    """A linear layer with a forward pass of its own."""
 
-
-class DerivedAttention(Attention):
-    """An attention whose forward may do anything."""
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
 
 
 @EVERY_MODEL
@@ -129,7 +133,7 @@ def test_modules_get_the_quantizers_that_their_rule_names(tiny_vit: nn.Module) -
     ]
     conversion = convert_(tiny_vit, _plan(*items), Affine)
     attention = tiny_vit.blocks[0].attn
-    assert isinstance(attention, QuantAttention)
+    assert isinstance(attention, Attention) and isinstance(attention, QuantProducts)
     assert attention.qk.left_quantizer.spec == QuantSpec(3)
     assert attention.qk.right_quantizer is attention.av.right_quantizer is None
     assert attention.av.left_quantizer.spec == QuantSpec(5)
@@ -205,39 +209,113 @@ def test_model_is_converted_once_only(tiny_vit: nn.Module) -> None:
     assert_same_state(snapshot(tiny_vit), state)
 
 
+class Standardized(nn.Conv2d):
+    """Multiplies by another weight than its parameter, and pads by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.std()
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), value=1.0), weight, self.bias)
+
+
 @pytest.mark.parametrize(
-    ("module", "rule"),
+    ("layer", "x"),
     [
-        (DerivedLinear(4, 4), {"weight": FOUR}),
-        (DerivedAttention(8, 2), {"query": FOUR}),
-        (DerivedAttention(8, 2), {"weight": FOUR}),
-        (
-            EvaAttention(8, 2, scale_norm=False, norm_layer=nn.LayerNorm),
-            {"query": FOUR, "weight": FOUR},
-        ),
-        (nn.MultiheadAttention(8, 2), {"key": FOUR}),
+        (DerivedLinear(4, 4), torch.randn(2, 4)),
+        (Standardized(3, 4, 3, bias=False), torch.randn(2, 3, 5, 5)),
+        (nn.Conv1d(3, 4, 3), torch.randn(2, 3, 9)),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), torch.randn(2, 3, 5, 5)),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "-".join(value),
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_module_type_without_handler_is_refused_by_name(
-    module: nn.Module, rule: dict[str, Any]
+def test_layer_of_any_class_keeps_its_forward_pass_and_quantizes_what_it_multiplies(
+    layer: nn.Module, x: Tensor
 ) -> None:
-    model = nn.ModuleDict({"odd": module, "plain": nn.Linear(4, 4)})
-    name = type(module).__name__
-    with pytest.raises(ValueError, match=rf"odd: .*a {name}, for which there is no handler"):
-        convert_(model, _plan({"pattern": "*", **rule}), LSQ)
-
-
-def test_unknown_attention_is_passed_over_by_a_rule_without_specs() -> None:
-    model = nn.ModuleDict(
-        {
-            "odd": EvaAttention(8, 2, scale_norm=False, norm_layer=nn.LayerNorm),
-            "plain": nn.Linear(4, 4),
-        }
+    model: Any = nn.Sequential(copy.deepcopy(layer))
+    convert_(model, _plan({"pattern": "*", "weight": {"bits": 8}, "input": {"bits": 8}}), Affine)
+    assert torch.equal(model(x), layer(x))
+    assert (isinstance(model[0], type(layer)) and "0.bias" in dict(model.named_parameters())) or (
+        layer.bias is None and "bias" in model[0]._parameters
     )
-    convert_(model, _plan({"pattern": "odd*"}, {"pattern": "*", "weight": FOUR}), LSQ)
-    assert isinstance(model["plain"], QuantLinear)
-    assert type(model["odd"]) is EvaAttention
+    qat.calibrate(model, [x])
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model[0])))
+    assert torch.equal(again(x), model(x))
+    seen: dict[str, Tensor] = {}
+    for name, quantizer in quantizers(model):
+        quantizer.register_forward_hook(
+            lambda _, operands, __, name=name: seen.update({name: operands[0].detach()})
+        )
+    error = (model(x) - layer(x)).norm() / layer(x).norm()
+    assert 0 < error < 0.05
+    assert set(seen) == {"0.weight_quantizer", "0.input_quantizer"}
+    if isinstance(layer, Standardized):
+        assert seen["0.weight_quantizer"].std() == pytest.approx(1, rel=1e-5)
+        assert seen["0.input_quantizer"].shape == (2, 3, 7, 7)
+
+
+def test_calibration_in_order_takes_the_weight_that_is_multiplied() -> None:
+    model: Any = nn.Sequential(Standardized(3, 4, 3))
+    convert_(model, _plan({"pattern": "*", "weight": {"bits": 8}}), Affine)
+    calibrate_in_order(model, torch.randn(2, 3, 5, 5))
+    weight = (model[0].weight / model[0].weight.std()).detach()
+    scale = model[0].weight_quantizer.scale.detach()
+    assert float(scale * 127.5) == pytest.approx(float(weight.abs().max()), rel=1e-2)
+
+
+MASKS = {
+    "none": {},
+    "bool": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(3)},
+    "added": {"attn_mask": torch.linspace(-1, 1, 25).view(5, 5)},
+    "per-head": {"attn_mask": torch.linspace(-1, 1, 150).view(6, 5, 5)},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 4 + [True]] * 3)},
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_of_torch_quantizes_its_packed_projection_and_both_products(
+    kind: str, batch_first: bool
+) -> None:
+    module = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
+    model: Any = nn.ModuleDict({"odd": copy.deepcopy(module)})
+    spec = {"bits": 16}
+    operands = ("weight", "input", "query", "key", "attention", "value")
+    convert_(model, _plan({"pattern": "*", **dict.fromkeys(operands, spec)}), Affine)
+    x = torch.randn(3, 5, 8) if batch_first else torch.randn(5, 3, 8)
+    options: dict[str, Any] = {"need_weights": False, **MASKS[kind]}
+    expected = module(x, x, x, **options)[0]
+    assert torch.equal(model["odd"](x, x, x, **options)[0], expected)
+    with qat.observing(model):
+        model["odd"](x, x, x, **options)
+    found = model["odd"](x, x, x, **options)[0]
+    assert not torch.equal(found, expected)
+    assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert {"odd.in_proj_weight", "odd.out_proj.weight"} <= set(model.state_dict())
+    with pytest.raises(ValueError, match="call it with need_weights=False"):
+        model["odd"](x, x, x)
+
+
+def test_multihead_attention_with_separate_projections_is_refused_by_name() -> None:
+    model = nn.ModuleDict({"odd": nn.MultiheadAttention(8, 2, kdim=4)})
+    with pytest.raises(ValueError, match=r"odd: .*keep it in float by an earlier rule"):
+        convert_(model, _plan({"pattern": "*", "weight": FOUR}), LSQ)
+    rules = {"pattern": "odd", "optional": True}, {"pattern": "*", "weight": FOUR}
+    convert_(model, _plan(*rules), LSQ)
+    assert type(model["odd"]) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_rule_without_effect_is_refused_unless_it_is_optional(optional: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    rules = (
+        {"pattern": "gone", "optional": optional, "weight": FOUR},
+        {"pattern": "*", "optional": optional, "weight": FOUR, "query": FOUR},
+    )
+    if optional:
+        convert_(model, _plan(*rules), LSQ)
+        assert isinstance(model[0], QuantLinear)
+    else:
+        with pytest.raises(ValueError, match=r"'gone' matches no .*write `optional: true`"):
+            convert_(model, _plan(*rules), LSQ)
 
 
 def test_layer_used_under_two_names_is_quantized_under_both() -> None:

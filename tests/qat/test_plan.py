@@ -141,7 +141,8 @@ def test_short_name_of_a_plan_is_the_uniform_plan_with_the_image_on_eight_bits()
     assert (image.pattern, others.pattern) == ("patch_embed.proj", "*")
     assert (image.weight, image.input) == (weight, QuantSpec(8, False))
     assert image.operands == {Operand.WEIGHT, Operand.INPUT}
-    assert [others.spec(operand) for operand in Operand] == [weight, low, low, low, low, low]
+    assert [others.spec(operand) for operand in Operand] == [weight, *[low] * 7]
+    assert image.optional and others.optional
 
 
 def test_short_name_of_an_impossible_width_is_refused_as_such() -> None:

@@ -265,21 +265,26 @@ class Mix(nn.Module):
         return x @ self.matrix
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "size"),
-    [(SelfBilinear, "fc_norm.bilinear", TINY_D**3), (Mix, "fc_norm", TINY_D**2)],
-    ids=["bilinear", "parameter"],
-)
-def test_module_of_unknown_type_with_a_weight_is_listed_and_its_weight_counted(
-    tiny_vit: nn.Module, module: Callable[[], nn.Module], name: str, size: int
+def test_module_whose_products_cannot_be_counted_is_listed_and_its_weight_counted(
+    tiny_vit: nn.Module,
 ) -> None:
     before = cost(tiny_vit)
-    tiny_vit.fc_norm = module()
+    tiny_vit.fc_norm = SelfBilinear()
     found = cost(tiny_vit)
-    assert found.uncounted == (name,)
-    assert found.num_other["other"] == size
+    assert found.uncounted == ("fc_norm.bilinear",)
+    assert found.num_other["other"] == TINY_D**3
     assert found.macs == before.macs
     assert found.num_parameters == sum(p.numel() for p in tiny_vit.parameters())
+
+
+def test_product_with_a_parameter_that_no_layer_holds_is_counted(tiny_vit: nn.Module) -> None:
+    before = cost(tiny_vit)
+    tiny_vit.fc_norm = Mix()
+    found = cost(tiny_vit)
+    (site,) = set(found.sites) - set(before.sites)
+    assert (site.name, site.macs, site.bits) == ("fc_norm.product", TINY_D**2, (32, 32))
+    assert found.uncounted == ()
+    assert found.num_other["other"] == TINY_D**2
 
 
 @pytest.mark.parametrize("kind", ["lsq", "react"])

@@ -171,7 +171,10 @@ def test_module_of_unknown_type_is_said_to_be_missing_from_the_counts(
     if convert:
         converted(tiny_vit, "lsq")
     lines = coverage_lines(tiny_vit, cost(tiny_vit))
-    assert lines[-1] == "operations not counted: fc_norm.inner, a module of unknown type"
+    assert (
+        lines[-1]
+        == "operations not counted: fc_norm.inner; the coverage is at most what is said here"
+    )
     assert len(lines) == (3 if convert else 1)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from qat.data.sources import Source, Subset, digits, labelled_folder, parquet, timm_source
+from qat.data.sources import Source, digits, labelled_folder, parquet, subset, timm_source
 
 Pixels = np.ndarray
 
@@ -252,7 +252,7 @@ def test_source_without_images_is_refused() -> None:
 
 def test_subset_keeps_the_order_it_is_given_and_the_classes_of_the_whole() -> None:
     whole, indices = digits("test"), [300, 4, 17, 4]
-    part = Subset(whole, indices)
+    part = subset(whole, indices)
     assert (len(part), part.num_classes) == (4, 10)
     for position, index in enumerate(indices):
         assert np.array_equal(_pixels(part[position][0]), _pixels(whole[index][0]))
@@ -261,4 +261,4 @@ def test_subset_keeps_the_order_it_is_given_and_the_classes_of_the_whole() -> No
 
 def test_subset_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="the data set is empty"):
-        Subset(digits("test"), [])
+        subset(digits("test"), [])

@@ -18,7 +18,7 @@ from qat.data.protocols import (
     ResetEachShift,
     StreamProtocol,
 )
-from qat.data.sources import Source, Subset
+from qat.data.sources import Source, subset
 from qat.data.streams import Stream, StreamBatch
 from qat.preprocessing import Preprocessing
 
@@ -63,7 +63,7 @@ def test_batches_resumed_anywhere_are_those_of_random_access(num_workers: int) -
 def test_pixels_depend_neither_on_order_batch_size_nor_subset() -> None:
     """Of an image in a domain, whichever stream asks for it."""
     seen: dict[tuple[int, str], torch.Tensor] = {}
-    part = Subset(source(), [20, 3, 11, 7])
+    part = subset(source(), [20, 3, 11, 7])
     origin = {0: 20, 1: 3, 2: 11, 3: 7}
     for protocol in (Continual(PAIR), Mixed(PAIR), Correlated(None, PAIR), Recurring(2, PAIR)):
         for batch_size, seed in ((6, 0), (23, 4)):

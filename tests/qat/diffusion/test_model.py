@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 import qat
-from qat.convert import QuantAttention
 from qat.cost.count import cost
 from qat.diffusion import DiT, dit
 from qat.diffusion.model import TimeEmbed
+from qat.products import QuantProducts
 from qat.quantizers import Affine, set_phase
 from tests.qat.diffusion.common import ARGUMENTS, converted, inputs, plan, tiny_dit
 
@@ -84,7 +84,7 @@ def test_attention_products_convert_as_in_a_vit() -> None:
     rules.insert(0, {"pattern": "blocks.*.attn", "query": spec, "key": spec, "value": spec})
     model = tiny_dit()
     qat.convert_(model, qat.Plan.from_list(rules), Affine)
-    assert isinstance(model.blocks[0].attn, QuantAttention)
+    assert isinstance(model.blocks[0].attn, QuantProducts)
     before = model(*inputs())
     qat.calibrate(model, [inputs(), inputs(seed=1)])
     gap = (model(*inputs()) - before).norm() / before.norm()

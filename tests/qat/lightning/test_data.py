@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
-from qat.data.sources import Subset, digits
+from qat.data.sources import digits, subset
 from qat.lightning.data import VisionData
 from qat.preprocessing import Preprocessing, expected_by
 
@@ -20,8 +20,8 @@ AUGMENT = {"scale": [0.5, 1.0], "hflip": 0.5, "color_jitter": 0.0}
 
 def _data(**settings: Any) -> VisionData:
     options: dict[str, Any] = {
-        "train": Subset(digits("train"), range(50)),
-        "val": Subset(digits("test"), range(30)),
+        "train": subset(digits("train"), range(50)),
+        "val": subset(digits("test"), range(30)),
         "batch_size": 16,
     }
     data = VisionData(**{**options, **settings})
@@ -198,7 +198,7 @@ def test_setting_that_contradicts_the_model_is_refused_and_one_that_agrees_is_no
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_number_of_classes_that_disagrees_is_refused(part: str) -> None:
     sources = {"train": digits("train"), "val": digits("test")}
-    sources[part] = Subset(sources[part], range(5))
+    sources[part] = subset(sources[part], range(5))
     sources[part].num_classes = 12
     with pytest.raises(ValueError, match="the model has 10 classes, the data has 12"):
         VisionData(**sources).attach(GREY, 10)

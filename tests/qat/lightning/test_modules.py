@@ -17,7 +17,7 @@ import qat
 from binaryvit.grs import GRS, DistancePull, constant
 from binaryvit.quantizers import BinaryWeight
 from qat.checkpoint import MANIFEST, digest, read
-from qat.data.sources import Subset, digits
+from qat.data.sources import digits, subset
 from qat.journal import Journal
 from qat.layers import quantized_weights
 from qat.lightning.data import VisionData
@@ -48,8 +48,8 @@ class Recorder(Callback):
 def fit(module: Distillation, tmp_path: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     """Four steps of 16 digits, and 32 to validate."""
     data = VisionData(
-        train=Subset(digits("train"), range(64)),
-        val=Subset(digits("test"), range(32)),
+        train=subset(digits("train"), range(64)),
+        val=subset(digits("test"), range(32)),
         batch_size=16,
         num_calibration=16,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from qat import Granularity, QuantSpec
+from qat import Granularity, Operand, QuantSpec
 from qat.quantizers import LSQ, MinMax
 
 # Below, on, inside and above both clip bounds of a 3-bit grid of step 0.5, with ties.
@@ -158,3 +158,10 @@ def test_codes_carry_no_gradient() -> None:
     codes = _lsq(QuantSpec(3), 0.5).codes(torch.tensor(V, requires_grad=True))
     tensors: list[Tensor] = [codes.values, codes.scale]
     assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_unsigned_weights_are_refused_because_there_is_no_zero_point() -> None:
+    spec = QuantSpec(4, signed=False)
+    with pytest.raises(ValueError, match=r"LSQ has no zero point.*Affine with learn_scale"):
+        LSQ(spec, (4, 8), Operand.WEIGHT)
+    LSQ(spec, (8,), Operand.INPUT)

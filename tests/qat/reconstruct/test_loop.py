@@ -16,7 +16,6 @@ from ptq_init.repq_vit import RepQViT
 from ptq_init.ttaq import TTAQ
 from qat import Phase, convert_
 from qat.calibrate import Initialiser
-from qat.journal import Journal
 from qat.models import timm_model
 from qat.quantizers import Affine, LogSqrt2, PerOperand, TanQ, quantizers
 from qat.reconstruct import Reconstruction, activation_bytes
@@ -24,7 +23,7 @@ from qat.reconstruct.data import token_importance
 from qat.reconstruct.stages import stages
 from qat.reconstruct.terms import OutputError, Step
 from qat.reconstruct.trainable import Rounding, SoftRounding, Steps, Weights
-from tests.ptq_init.common import images, plan, tiny_swin, tiny_vit
+from tests.ptq_init.common import Memory, images, plan, tiny_swin, tiny_vit
 
 LOG = PerOperand(attention=LogSqrt2)
 METHODS = [
@@ -55,30 +54,6 @@ def _same(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
         torch.equal(v, right[k]) if isinstance(v, Tensor) else v == right[k]
         for k, v in left.items()
     )
-
-
-class _Memory(Journal):
-    """Remembers; stops after some parts, if asked to."""
-
-    def __init__(self, stop_after: int = 1000) -> None:
-        self.parts: dict[str, Mapping[str, Any]] = {}
-        self.losses: list[tuple[str, int, dict[str, float]]] = []
-        self.notes: dict[str, Any] = {}
-        self.stop_after = stop_after
-
-    def note(self, key: str, value: Any) -> None:
-        self.notes[key] = value
-
-    def step(self, part: str, step: int, losses: Mapping[str, float]) -> None:
-        self.losses.append((part, step, dict(losses)))
-
-    def finish(self, part: str, state: Mapping[str, Any]) -> None:
-        self.parts[part] = state
-        if len(self.parts) == self.stop_after:
-            raise KeyboardInterrupt
-
-    def finished(self, part: str) -> Mapping[str, Any] | None:
-        return self.parts.get(part)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -132,7 +107,7 @@ def test_training_brings_each_block_closer_to_its_float_output(trained: str) -> 
     batch, model = images(32), _converted(bits=3)
     original = copy.deepcopy(model)
     RepQViT()(model, [batch])
-    journal = _Memory()
+    journal = Memory()
     loop = Reconstruction(
         {"block": OutputError()}, {"block": 1.0}, (choices[trained],), 60, batch_size=32
     )
@@ -179,7 +154,7 @@ def test_interrupted_method_leaves_the_model_untouched_and_resumes_to_the_same_w
     batches = list(images(8).split(4))
     straight = _converted()
     method(straight, batches)
-    model, journal = _converted(), _Memory(stop_after=3)
+    model, journal = _converted(), Memory(stop_after=3)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(KeyboardInterrupt):
         method(model, batches, journal)
@@ -206,7 +181,7 @@ def test_weights_of_terms_are_normalised_at_the_first_step_of_each_stage() -> No
     model, totals = _converted(), {}
     RepQViT()(model, [images(2)])
     for normalise in (True, False):
-        journal = _Memory()
+        journal = Memory()
         loop = Reconstruction(
             terms, {"first": 1.0, "second": 0.5}, (Weights(1e-3),), 1, 2, normalise
         )
@@ -336,7 +311,7 @@ def test_exact_inputs_are_those_of_the_float_model() -> None:
         original = tiny_vit()
         RepQViT()(model, [batch])
         terms, weights = {"block": OutputError()}, {"block": 1.0}
-        journal = _Memory()
+        journal = Memory()
         loop = Reconstruction(terms, weights, (Weights(0.0),), 1, 32, exact_inputs=share)
         loop(model, batch, journal, original)
         errors[share] = [values["block"] for _, _, values in journal.losses]
@@ -346,7 +321,7 @@ def test_exact_inputs_are_those_of_the_float_model() -> None:
 
 def test_kept_activations_are_counted() -> None:
     model = tiny_vit()
-    journal = _Memory()
+    journal = Memory()
     quantized = _converted()
     RepQViT()(quantized, [images(4)])
     loop = Reconstruction({"b": OutputError()}, {"b": 1.0}, (Weights(1e-3),), 1, 2)

@@ -84,13 +84,13 @@ def test_hadamard_matrices_take_no_room_in_the_state() -> None:
 
 
 def test_costs_count_the_transforms_of_inputs_in_float() -> None:
-    """Width 24 = 12 x 2: 13 additions a feature, 4 tokens; blocks of 12: 24 MACs a feature."""
+    """4 tokens of width 24 = 12 x 2: a product with each factor, 14 MACs; twice blocks of 12."""
     model = converted(tiny_dit())
     plain = cost(model)
     layer = model.get_submodule("blocks.0.attn.qkv")
     layer.transform_(Transforms(_parts(24)["hadamard"]))  # type: ignore[operator]
     rotated = cost(model)
-    assert rotated.macs - plain.macs == 4 * 24 * 13
+    assert rotated.macs - plain.macs == 4 * 24 * (12 + 2)
     assert rotated.size_bytes == plain.size_bytes
     layer = model.get_submodule("blocks.0.mlp.fc1")
     layer.transform_(Transforms(_parts(24)["dual"]))  # type: ignore[operator]

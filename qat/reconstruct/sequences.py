@@ -1,0 +1,155 @@
+"""Any model as a chain of stages: a sequence of like blocks, and what comes before and after it.
+
+The sequence is the container with the most parameters whose children are of one class and run one
+after another, each on the output of the one before. What comes before it is the model stopped at
+the first block; what comes after is the model with its blocks passed over, which is tried out: the
+chain has to compute what the model computes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.models import example_inputs
+from qat.reconstruct.stage import Stage
+
+
+class _Stopped(Exception):
+    """A forward pass came to where it was to stop."""
+
+
+def sequence_stages(model: nn.Module) -> list[Stage] | None:
+    """The stages of a model, in order; None where it has no such sequence."""
+    (inputs, *others) = example_inputs(model, str(next(model.parameters()).device))
+    if others:
+        return None
+    example = torch.randn(
+        inputs.shape, generator=torch.Generator().manual_seed(0), dtype=inputs.dtype
+    ).to(inputs.device)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for names in _candidates(model):
+                if _in_sequence(model, names, example) and _same(
+                    found := _chain(model, names), model, example
+                ):
+                    return found
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return None
+
+
+def _candidates(model: nn.Module) -> list[list[str]]:
+    """Names of the children of containers whose children are alike, the largest container first."""
+    found = []
+    for name, module in model.named_modules():
+        children = list(module.children())
+        alike = len(children) > 1 and len({type(child) for child in children}) == 1
+        if alike and isinstance(module, nn.ModuleList | nn.Sequential) and name:
+            size = sum(p.numel() for p in module.parameters())
+            found.append((size, [f"{name}.{child}" for child, _ in module.named_children()]))
+    return [names for size, names in sorted(found, key=lambda pair: -pair[0]) if size]
+
+
+def _in_sequence(model: nn.Module, names: list[str], example: Tensor) -> bool:
+    """Whether modules run once each, in order, each on what the one before gives."""
+    calls: list[tuple[str, Any, Any]] = []
+
+    def keep(name: str, _: nn.Module, inputs: Any, options: Any, output: Any) -> None:
+        given = inputs if not any(x is not None for x in options.values()) else None
+        calls.append((name, given, output))
+
+    with ExitStack() as stack:
+        for name in names:
+            hook = partial(keep, name)
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        model(example)
+    if [name for name, _, _ in calls] != names:
+        return False
+    alone = all(isinstance(x, tuple) and len(x) == 1 and _is_tensor(x[0]) for _, x, _ in calls)
+    outputs = [output for _, _, output in calls]
+    follow = zip(outputs, calls[1:], strict=False)
+    return (
+        alone and all(map(_is_tensor, outputs)) and all(call[1][0] is out for out, call in follow)
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _chain(model: nn.Module, names: list[str]) -> list[Stage]:
+    blocks = [model.get_submodule(name) for name in names]
+
+    def before(images: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            seen.append(inputs[0])
+            raise _Stopped
+
+        handle = blocks[0].register_forward_pre_hook(stop)
+        try:
+            model(images)
+        except _Stopped:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def after(x: Tensor) -> Tensor:
+        (image,) = example_inputs(model, str(x.device))
+        images = image.expand(len(x), *image.shape[1:])
+        passed: list[Callable[..., Tensor]] = [lambda y, **_: y] * (len(blocks) - 1)
+        with _replaced(blocks, [*passed, lambda _, **__: x]):
+            return model(images)
+
+    owner = names[0].rpartition(".")[0]
+    early, late = _around(model, names)
+    return [
+        Stage(f"before {owner}", early, before),
+        *(Stage(name, (block,), block) for name, block in zip(names, blocks, strict=True)),
+        Stage(f"after {owner}", late, after),
+    ]
+
+
+@contextmanager
+def _replaced(blocks: list[nn.Module], functions: list[Callable[..., Tensor]]) -> Iterator[None]:
+    """Let blocks run other functions within the block."""
+    try:
+        for block, function in zip(blocks, functions, strict=True):
+            block.forward = function
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _around(
+    model: nn.Module, names: list[str]
+) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    """The largest modules that run before, and after, a sequence of others."""
+    owner = names[0].rpartition(".")[0]
+    above = {owner, *(owner[:i] for i, char in enumerate(owner) if char == "."), ""}
+    sides: tuple[list[nn.Module], list[nn.Module]] = ([], [])
+    begun = False
+    for name, module in model.named_modules():
+        begun = begun or name == owner
+        inside = name in above or name.startswith(f"{owner}.")
+        if not inside and name.rpartition(".")[0] in above:
+            sides[begun].append(module)
+    return tuple(sides[0]), tuple(sides[1])
+
+
+def _same(chain: list[Stage], model: nn.Module, example: Tensor) -> bool:
+    x = example
+    for stage in chain:
+        x = stage.forward(x)
+    return torch.equal(x, model(example))
