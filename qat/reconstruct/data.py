@@ -97,7 +97,8 @@ class Taps:
 
     def read(self) -> list[tuple[Tensor, Tensor]]:
         """The outputs of each pair."""
-        return [(self.seen[ours], self.seen[theirs]) for ours, theirs in self.pairs]
+        called = (pair for pair in self.pairs if all(layer in self.seen for layer in pair))
+        return [(self.seen[ours], self.seen[theirs]) for ours, theirs in called]
 
 
 @contextmanager
