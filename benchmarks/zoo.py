@@ -84,6 +84,7 @@ def examine(line: str, checks: Iterable[str]) -> Row:
         if found.get("coverage") is True:
             counted = cost(made[0].model)
             row |= {"macs": counted.macs, "coverage": counted.coverage_macs}
+            row["uncounted"] = list(counted.uncounted)
     elif not builds_in_timm(name, arguments):
         found["builds"] = f"timm cannot build it: {found['builds']}"
     row["seconds"] = round(time.process_time() - started, 1)
@@ -115,6 +116,7 @@ def table(rows: list[Row]) -> str:
     for row in (row for row in rows if row["checks"]["builds"] is True):
         found = row["checks"]
         share = f"{row['coverage']:.2%}" if "coverage" in row else "-"
+        share = f"at most {share}" if row.get("uncounted") else share
         working = [name for name in INITIALISING if found.get(name) is True]
         cells = [f"`{row['line']}`", *(_cell(found, names) for names in columns.values()), share]
         cells += [", ".join(working) or "none", _reasons(found)]
