@@ -201,9 +201,9 @@ def norm_pairs(model: nn.Module, journal: Journal | None = None) -> list[Pair]:
             found.append(Pair(str(readers[0]), norm, linear, own))
     if not found:
         raise ValueError(
-            f"no LayerNorm to reparametrize: of {len(traced)} none is read by a single linear "
-            "layer and nothing else, with a per-tensor quantizer on that layer's input; use "
-            "ptq_init.percentile_mse for this model or plan"
+            f"no LayerNorm to reparametrize: the model runs {len(traced)}, none of them read by a "
+            "single linear layer and nothing else, with a per-tensor quantizer on that layer's "
+            "input; use ptq_init.percentile_mse for this model or plan"
         )
     if journal is not None:
         journal.note("norms_folded", len(found))

@@ -1,7 +1,8 @@
 """Modules that keep their class and their forward pass, which runs under a torch function mode.
 
 A subclass is made at run time of the module's own class and of one of ours, which says what the
-mode does. So names, parameters, attributes and `isinstance` stay as they are.
+mode does. So names, parameters, attributes and `isinstance` stay as they are. What is added has
+names that begin with `qat_`, so that a model has none of them.
 """
 
 from abc import abstractmethod
@@ -16,27 +17,27 @@ class Intercepted(nn.Module):
     """A module whose function calls pass through a mode; mixed into its class by `intercepted`.
 
     Attributes:
-        kind: The module's own class.
+        qat_kind: The module's own class.
     """
 
-    kind: ClassVar[type[nn.Module]]
+    qat_kind: ClassVar[type[nn.Module]]
 
     @abstractmethod
-    def calls(self) -> TorchFunctionMode:
+    def qat_calls(self) -> TorchFunctionMode:
         """The mode of one forward pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass, under the mode."""
-        with self.calls():
+        with self.qat_calls():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def bare_(self) -> None:
         """Take the own class again; what was added stays as an idle part."""
-        self.__class__ = self.kind  # type: ignore[assignment]
+        self.__class__ = self.qat_kind  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name both classes, since their subclass is made at run time."""
-        return new, (type(self).__mro__[1], self.kind), self.__dict__
+        return new, (type(self).__mro__[1], self.qat_kind), self.__dict__
 
 
 @cache
@@ -47,7 +48,7 @@ def intercepted(mixin: type[Intercepted], kind: type[nn.Module]) -> type[nn.Modu
         mixin: What intercepts.
         kind: The module's own class.
     """
-    names = {"kind": kind, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    names = {"qat_kind": kind, "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(f"Quant{kind.__name__}", (mixin, kind), names)
 
 

@@ -138,7 +138,7 @@ class QuantLayer(Intercepted):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
 
-    def calls(self) -> TorchFunctionMode:
+    def qat_calls(self) -> TorchFunctionMode:
         """Sends operands to the quantizers."""
         return _Operands(self)
 

@@ -137,14 +137,14 @@ class QuantProducts(Intercepted):
     """A module whose products pass through quantizers.
 
     Attributes:
-        sites: Where each call goes, by its number; None leaves it as it is.
-        bypassed: Paths of layers that the module does not call, but whose weight it uses.
+        qat_sites: Where each call goes, by its number; None leaves it as it is.
+        qat_bypassed: Paths of layers that the module does not call, but whose weight it uses.
     """
 
-    sites: tuple[Site | None, ...]
-    bypassed: tuple[str, ...]
+    qat_sites: tuple[Site | None, ...]
+    qat_bypassed: tuple[str, ...]
 
-    def calls(self) -> TorchFunctionMode:
+    def qat_calls(self) -> TorchFunctionMode:
         """Sends products to the quantizers."""
         return _Calls(self)
 
@@ -165,7 +165,7 @@ def intercept_(
     """
     for name, child in children.items():
         module.add_module(name, child)
-    module.sites, module.bypassed = sites, bypassed  # type: ignore[assignment]
+    module.qat_sites, module.qat_bypassed = sites, bypassed  # type: ignore[assignment]
     module.__class__ = intercepted(QuantProducts, type(module))
 
 
@@ -185,7 +185,7 @@ class _Calls(TorchFunctionMode):
                 site = self._next()
                 if site is not None:
                     return self._sent(site, func, args, kwargs)
-            elif func in LINEARS and self.owner.bypassed:
+            elif func in LINEARS and self.owner.qat_bypassed:
                 layer = self._layer(*args, **kwargs)
                 if layer is not None:
                     return layer.with_bias(*_input_and_bias(*args, **kwargs))
@@ -193,13 +193,14 @@ class _Calls(TorchFunctionMode):
 
     def _next(self) -> Site | None:
         number, self.number = self.number, self.number + 1
-        if number >= len(self.owner.sites):
+        if number >= len(self.owner.qat_sites):
+            name, found = type(self.owner).__name__, len(self.owner.qat_sites)
             raise RuntimeError(
-                f"{type(self.owner).__name__} runs more products than the {len(self.owner.sites)} "
+                f"{name} runs more products than the {found} "
                 "that the trace of its forward pass has found; convert the model in the state and "
                 "with the inputs that it is used with"
             )
-        return self.owner.sites[number]
+        return self.owner.qat_sites[number]
 
     def _sent(self, site: Site, func: Any, args: Any, kwargs: Any) -> Any:
         owner = self.owner
@@ -231,7 +232,7 @@ class _Calls(TorchFunctionMode):
         return getattr(self.owner, site.context) if site.context else None
 
     def _layer(self, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
-        layers = (self.owner.get_submodule(path) for path in self.owner.bypassed)
+        layers = (self.owner.get_submodule(path) for path in self.owner.qat_bypassed)
         return next((layer for layer in layers if layer.weight is weight), None)
 
 

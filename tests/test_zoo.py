@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 from zoo import examine, lines_of, parse
 from zoo_checks import CHECKS, INITIALISING, Subject, outcome
@@ -44,6 +45,32 @@ def test_vision_transformer_of_torchvision_keeps_every_promise_but_a_checkpoint(
     three = (0.5, 0.5, 0.5)
     model.preprocessing = Preprocessing((3, 32, 32), three, three, "bicubic", 1.0, "center")  # type: ignore[assignment]
     subject = Subject.of(model)
+    found = {name: outcome(lambda check=check: check(subject)) for name, check in CHECKS.items()}
+    assert str(found.pop("saves")).startswith("ours: ValueError: the model does not say how")
+    assert found == {name: True for name in CHECKS if name != "saves"}
+
+
+class Logits(nn.Module):
+    """A transformers classifier that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = Preprocessing((3, 32, 32), *[(0.5,) * 3] * 2, "bicubic", 1.0, "center")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_vision_transformer_of_transformers_keeps_every_promise_but_a_checkpoint(
+    attention: str,
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images = {"image_size": 32, "patch_size": 16, "intermediate_size": 64, "num_labels": 5}
+    config = transformers.ViTConfig(**sizes, **images, attn_implementation=attention)
+    subject = Subject.of(Logits(transformers.ViTForImageClassification(config).eval()))
     found = {name: outcome(lambda check=check: check(subject)) for name, check in CHECKS.items()}
     assert str(found.pop("saves")).startswith("ours: ValueError: the model does not say how")
     assert found == {name: True for name in CHECKS if name != "saves"}

@@ -189,7 +189,7 @@ def _layer_site(model: nn.Module, call: Call, stored: set[str]) -> Site:
     left, right = _bits(module, "input_quantizer"), _bits(module, "weight_quantizer")
     if call.layer != call.owner:  # used by a module that may pass the layer's quantizers by
         owner = model.get_submodule(call.owner)
-        paths = (f"{call.owner}.{path}".lstrip(".") for path in getattr(owner, "bypassed", ()))
+        paths = (f"{call.owner}.{path}".lstrip(".") for path in getattr(owner, "qat_bypassed", ()))
         left, right = (left, right) if name in paths else (FLOAT_BITS, FLOAT_BITS)
     return _weighted(name, module, sum(call.macs), (left, right), stored)
 
@@ -231,7 +231,7 @@ def _product_sites(model: nn.Module, call: Call, products: list[str] | None) -> 
         bits = FLOAT_BITS, FLOAT_BITS
         return [Site(call.owner or "(the model itself)", kind, sum(call.macs), bits)]
     module = model.get_submodule(call.owner)
-    sent = getattr(module, "sites", ())[call.number : call.number + 1]
+    sent = getattr(module, "qat_sites", ())[call.number : call.number + 1]
     children = sent[0].children if sent and sent[0] is not None else (None,) * len(products)
     return [
         _product_site(name, macs, child and getattr(module, child))
