@@ -83,13 +83,11 @@ class Trace:
         calls: The calls; those that a module makes itself come after those of its children.
         readers: For the output of each LayerNorm, by name, who reads it: names of layers, or None
             for whatever else computes with it.
-        order: Names of the modules, in the order in which their forward passes began.
         uncounted: Modules that run products which no one can count.
     """
 
     calls: list[Call] = field(default_factory=list)
     readers: dict[str, list[str | None]] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
     uncounted: tuple[str, ...] = ()
 
     def owners(self) -> dict[str, list[Call]]:
@@ -207,7 +205,6 @@ class _Recorder(TorchFunctionMode):
     def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
         self.running.append((name, module))
         self.numbers[name] = 0
-        self.found.order.append(name)
 
     def _leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.running.pop()
