@@ -10,8 +10,9 @@ Rows are kept by line, so a run may be done in pieces, by `--only`; the table sh
 import argparse
 import ast
 import json
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,16 @@ from zoo_checks import CHECKS, COMPILING, INITIALISING, Subject, outcome, seed
 import qat
 from qat.cost.count import cost
 
-COLUMNS = {
-    "verbatim": ("converts",),
-    "float bits": ("float", "float_train"),
-    "MACs": ("macs",),
-    "coverage": ("coverage",),
-    "calibrates": ("calibrates",),
-    "save/load": ("saves",),
-    "gradients": ("gradients",),
-    "compiles": tuple(COMPILING),
+CLAIMS = {
+    "the plan `w8a8` is taken as it is": ("converts",),
+    "the float phase computes the float model's bits": ("float", "float_train"),
+    "MACs are those that torch's FLOP counter finds": ("macs",),
+    "coverage is that of an independent count, `benchmarks/audit.py`": ("coverage",),
+    "it calibrates": ("calibrates",),
+    "it is saved and loaded to the same bits": ("saves",),
+    "every parameter with a gradient in float has one": ("gradients",),
 }
-"""Checks of each column of the table."""
+"""Checks behind each sentence of the table."""
 Row = dict[str, Any]
 
 
@@ -88,8 +88,15 @@ def examine(line: str, checks: Iterable[str]) -> Row:
     elif not builds_in_timm(name, arguments):
         found["builds"] = f"timm cannot build it: {found['builds']}"
     row["seconds"] = round(time.process_time() - started, 1)
-    row["versions"] = {"torch": str(torch.__version__), "timm": timm.__version__}
+    row["versions"] = versions()
     return row
+
+
+def versions() -> dict[str, str]:
+    """Of torch, of timm, and the commit of this checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"torch": str(torch.__version__), "timm": timm.__version__, "commit": commit}
 
 
 def builds_in_timm(name: str, arguments: dict[str, Any]) -> bool:
@@ -100,32 +107,66 @@ def builds_in_timm(name: str, arguments: dict[str, Any]) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown, and how many passed each check."""
-    checks = {name for row in rows for name in row["checks"]}
-    columns = {k: names for k, names in COLUMNS.items() if checks.issuperset(names)}
+    """The rows as Markdown; reasons that several models share stand below it once."""
+    built = [row for row in rows if row["checks"]["builds"] is True]
+    reasons = {reason: n for n, reason in enumerate(dict.fromkeys(_reasons(built)), 1)}
     text = [
         "# Families",
         "",
-        "Written by `benchmarks/zoo.py`: random weights, every operand on 8 bits. Verbatim: the",
-        "model converts as it is. Float bits: phase FLOAT computes the same bits in evaluation and",
-        "in training. MACs: as torch counts them. Coverage: as `benchmarks/audit.py` counts it.",
+        f"{len(built)} models that timm builds, with random weights and every operand on 8 bits",
+        f"({_versions(built)}). For each of them `benchmarks/zoo.py` tries:",
         "",
-        f"| model | {' | '.join(columns)} | covered | initialisers | why not |",
-        f"|{' --- |' * (len(columns) + 4)}",
+        *(f"- {claim}: {_passed(built, names)};" for claim, names in CLAIMS.items()),
+        "- the initialisers of the last column: they work, or refuse in one line (a number).",
+        "",
+        "Covered is the share of multiply-accumulates (MACs) whose operands are quantized.",
+        "",
+        "| model | covered | does not pass | initialisers |",
+        "|---|---|---|---|",
+        *(_line(row, reasons) for row in built),
+        "",
+        *(f"{n}. {reason}." for reason, n in reasons.items()),
     ]
-    for row in (row for row in rows if row["checks"]["builds"] is True):
-        found = row["checks"]
-        share = f"{row['coverage']:.2%}" if "coverage" in row else "-"
-        share = f"at most {share}" if row.get("uncounted") else share
-        working = [name for name in INITIALISING if found.get(name) is True]
-        cells = [f"`{row['line']}`", *(_cell(found, names) for names in columns.values()), share]
-        cells += [", ".join(working) or "none", _reasons(found)]
-        text.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     unbuilt = [row for row in rows if row["checks"]["builds"] is not True]
     if unbuilt:
         text += ["", "Not built:", ""]
         text += [f"- `{row['line']}`: {row['checks']['builds']}" for row in unbuilt]
-    return "\n".join([*text, "", summary(rows), ""])
+    return "\n".join([*text, ""])
+
+
+def _line(row: Row, reasons: dict[str, int]) -> str:
+    found = row["checks"]
+    share = f"{row['coverage']:.2%}" if "coverage" in row else "-"
+    share = f"at most {share}" if row.get("uncounted") else share
+    failed = [_marked(name, found.get(name), reasons) for name in CHECKS if found.get(name) is not True]
+    starts = [_marked(name, found.get(name), reasons) for name in INITIALISING]
+    return f"| `{row['line']}` | {share} | {', '.join(failed)} | {', '.join(starts)} |"
+
+
+def _marked(name: str, result: bool | str | None, reasons: dict[str, int]) -> str:
+    return name if result is True else f"{name} ({reasons.get(_reason(result), 'not tried')})"
+
+
+def _reasons(rows: list[Row]) -> Iterator[str]:
+    for row in rows:
+        for name in (*CHECKS, *INITIALISING):
+            if isinstance(result := row["checks"].get(name), str):
+                yield _reason(result)
+
+
+def _reason(result: bool | str | None) -> str:
+    """The first sentence of an error of ours; a raw error as it is."""
+    return str(result).removeprefix("ours: ValueError: ").partition(". ")[0].rstrip(".")
+
+
+def _passed(rows: list[Row], names: tuple[str, ...]) -> str:
+    passed = sum(all(row["checks"].get(name) is True for name in names) for row in rows)
+    return f"{passed} of {len(rows)}"
+
+
+def _versions(rows: list[Row]) -> str:
+    found = {json.dumps(row["versions"], sort_keys=True): row["versions"] for row in rows}
+    return "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in found.values())
 
 
 def summary(rows: list[Row]) -> str:
@@ -139,16 +180,6 @@ def summary(rows: list[Row]) -> str:
     raw = sum(str(x).startswith("raw") for found in made.values() for x in found)
     seconds = sum(row["seconds"] for row in rows)
     return f"{len(rows)} models, {raw} raw errors, {seconds:.0f} s: {', '.join(counts)}"
-
-
-def _cell(found: dict[str, Any], names: tuple[str, ...]) -> str:
-    results = [found[name] for name in names]
-    return "-" if None in results else "yes" if all(x is True for x in results) else "no"
-
-
-def _reasons(found: dict[str, Any]) -> str:
-    failed = {name: reason[:160] for name, reason in found.items() if isinstance(reason, str)}
-    return "; ".join(f"{name}: {reason}" for name, reason in failed.items())
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Any model as a chain of stages: a sequence of like blocks, and what comes before and after it.
 
 The sequence is the container with the most parameters whose children are of one class and run one
-after another, each on the output of the one before. What comes before it is the model stopped at
+after another, each on the output of the one before; what else they are given is the same for every
+image. What comes before it is the model stopped at
 the first block; what comes after is the model with its blocks passed over, which is tried out: the
 chain has to compute what the model computes.
 """
@@ -9,13 +10,27 @@ chain has to compute what the model computes.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qat.models import example_inputs
 from qat.reconstruct.stage import Stage
+
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module after its first one."""
+
+
+class _Call(NamedTuple):
+    """What a module was called with and gave."""
+
+    name: str
+    input: Any
+    output: Any
+    given: Given
 
 
 class _Stopped(Exception):
@@ -35,9 +50,8 @@ def sequence_stages(model: nn.Module) -> list[Stage] | None:
     try:
         with torch.no_grad():
             for names in _candidates(model):
-                if _in_sequence(model, names, example) and _same(
-                    found := _chain(model, names), model, example
-                ):
+                given = _in_sequence(model, names, example)
+                if given and _same(found := _chain(model, names, given), model, example):
                     return found
     finally:
         for module, mode in modes.items():
@@ -57,35 +71,52 @@ def _candidates(model: nn.Module) -> list[list[str]]:
     return [names for size, names in sorted(found, key=lambda pair: -pair[0]) if size]
 
 
-def _in_sequence(model: nn.Module, names: list[str], example: Tensor) -> bool:
-    """Whether modules run once each, in order, each on what the one before gives."""
-    calls: list[tuple[str, Any, Any]] = []
+def _in_sequence(model: nn.Module, names: list[str], example: Tensor) -> list[Given] | None:
+    """What each module is given beside its input; None unless they run as a sequence.
+
+    They have to run once each, in order, each on what the one before gives, and whatever else they
+    are given (the rotations of RoPE, shared biases of positions) must not depend on the image.
+    """
+    calls, others = _calls(model, names, example), _calls(model, names, example.flip(-1) * 0.5)
+    if [call.name for call in calls] != names or len(others) != len(calls):
+        return None
+    alone = all(_is_tensor(call.input) and _is_tensor(call.output) for call in calls)
+    follow = all(a.output is b.input for a, b in pairwise(calls))
+    constant = all(_equal(a.given, b.given) for a, b in zip(calls, others, strict=True))
+    return [call.given for call in calls] if alone and follow and constant else None
+
+
+def _calls(model: nn.Module, names: list[str], images: Tensor) -> list[_Call]:
+    found: list[_Call] = []
 
     def keep(name: str, _: nn.Module, inputs: Any, options: Any, output: Any) -> None:
-        given = inputs if not any(x is not None for x in options.values()) else None
-        calls.append((name, given, output))
+        found.append(_Call(name, inputs[0] if inputs else None, output, (inputs[1:], options)))
 
     with ExitStack() as stack:
         for name in names:
             hook = partial(keep, name)
             module = model.get_submodule(name)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        model(example)
-    if [name for name, _, _ in calls] != names:
-        return False
-    alone = all(isinstance(x, tuple) and len(x) == 1 and _is_tensor(x[0]) for _, x, _ in calls)
-    outputs = [output for _, _, output in calls]
-    follow = zip(outputs, calls[1:], strict=False)
-    return (
-        alone and all(map(_is_tensor, outputs)) and all(call[1][0] is out for out, call in follow)
-    )
+        model(images)
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    match one, other:
+        case Tensor(), Tensor():
+            return torch.equal(one, other)
+        case (dict(), dict()):
+            return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+        case (list() | tuple(), list() | tuple()):
+            return len(one) == len(other) and all(map(_equal, one, other))
+    return one is other or bool(one == other)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _chain(model: nn.Module, names: list[str]) -> list[Stage]:
+def _chain(model: nn.Module, names: list[str], given: list[Given]) -> list[Stage]:
     blocks = [model.get_submodule(name) for name in names]
 
     def before(images: Tensor) -> Tensor:
@@ -107,17 +138,24 @@ def _chain(model: nn.Module, names: list[str]) -> list[Stage]:
     def after(x: Tensor) -> Tensor:
         (image,) = example_inputs(model, str(x.device))
         images = image.expand(len(x), *image.shape[1:])
-        passed: list[Callable[..., Tensor]] = [lambda y, **_: y] * (len(blocks) - 1)
-        with _replaced(blocks, [*passed, lambda _, **__: x]):
+        passed: list[Callable[..., Tensor]] = [lambda y, *_, **__: y] * (len(blocks) - 1)
+        with _replaced(blocks, [*passed, lambda *_, **__: x]):
             return model(images)
 
     owner = names[0].rpartition(".")[0]
     early, late = _around(model, names)
     return [
         Stage(f"before {owner}", early, before),
-        *(Stage(name, (block,), block) for name, block in zip(names, blocks, strict=True)),
+        *(
+            Stage(name, (block,), partial(_run, block, *beside))
+            for name, block, beside in zip(names, blocks, given, strict=True)
+        ),
         Stage(f"after {owner}", late, after),
     ]
+
+
+def _run(block: nn.Module, others: tuple[Any, ...], options: dict[str, Any], x: Tensor) -> Tensor:
+    return block(x, *others, **options)
 
 
 @contextmanager

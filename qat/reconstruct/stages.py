@@ -84,9 +84,9 @@ def stages(model: nn.Module) -> list[Stage]:
         if found is not None:
             return found
         raise ValueError(
-            f"cannot divide a {type(model).__name__} into stages: no sequence of like blocks in "
-            "it runs one after another on a single tensor, with nothing passed around it. Use a "
-            "calibration-only method (minmax, percentile_mse), or add its chain to "
-            "qat.reconstruct.stages"
+            "cannot divide the model into stages: no sequence of like blocks in "
+            f"{type(model).__name__} runs one after another on a single tensor, with nothing of "
+            "an image passed around it. Use a calibration-only method (minmax, percentile_mse), "
+            "or add its chain to qat.reconstruct.stages"
         )
     return chain(model)

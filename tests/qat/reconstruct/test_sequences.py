@@ -77,15 +77,27 @@ def test_model_whose_blocks_are_no_chain_is_refused_before_any_work(kind: str) -
         seen.append(x)
         yield x
 
-    with pytest.raises(ValueError, match="cannot divide a Blocks into stages: no sequence of like"):
+    with pytest.raises(ValueError, match="cannot divide the model into stages: no sequence of like"):
         MGRQ(num_steps=1)(model, batches())
     assert not seen
     assert torch.equal(model(x), before)
 
 
-def test_mgrq_reconstructs_a_model_of_another_family() -> None:
+OTHERS = {
+    "test_convnext": {"img_size": None},
+    "vit_small_patch16_dinov3": {
+        "img_size": 64,
+        "model_args": {"depth": 2, "embed_dim": 48, "num_heads": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_mgrq_reconstructs_a_model_of_another_family(name: str) -> None:
+    """DINOv3's blocks are given the rotations of RoPE beside their input."""
     torch.manual_seed(0)
-    model = qat.timm_model("test_convnext", img_size=None, num_classes=5).eval()
+    model = qat.timm_model(name, num_classes=5, **OTHERS[name]).eval()
+    nn.init.normal_(model.get_classifier().weight)
     images = torch.randn(4, 3, 64, 64)
     exact = model(images)
     qat.convert_(model, Plan.uniform(8, 8), Affine)
