@@ -138,7 +138,9 @@ def _line(row: Row, reasons: dict[str, int]) -> str:
     found = row["checks"]
     share = f"{row['coverage']:.2%}" if "coverage" in row else "-"
     share = f"at most {share}" if row.get("uncounted") else share
-    failed = [_marked(name, found.get(name), reasons) for name in CHECKS if found.get(name) is not True]
+    failed = [
+        _marked(name, found.get(name), reasons) for name in CHECKS if found.get(name) is not True
+    ]
     starts = [_marked(name, found.get(name), reasons) for name in INITIALISING]
     return f"| `{row['line']}` | {share} | {', '.join(failed)} | {', '.join(starts)} |"
 

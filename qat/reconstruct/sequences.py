@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from qat.models import example_inputs
 from qat.reconstruct.stage import Stage
 
-
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module after its first one."""
 

@@ -77,7 +77,9 @@ def test_model_whose_blocks_are_no_chain_is_refused_before_any_work(kind: str) -
         seen.append(x)
         yield x
 
-    with pytest.raises(ValueError, match="cannot divide the model into stages: no sequence of like"):
+    with pytest.raises(
+        ValueError, match="cannot divide the model into stages: no sequence of like"
+    ):
         MGRQ(num_steps=1)(model, batches())
     assert not seen
     assert torch.equal(model(x), before)
