@@ -26,6 +26,7 @@ __all__ = [
     "QuantSpec",
     "Quantizer",
     "Rule",
+    "__version__",
     "calibrate",
     "convert_",
     "load",
@@ -34,6 +35,8 @@ __all__ = [
     "set_phase",
     "timm_model",
 ]
+
+__version__ = "0.1.0"
 
 _PUBLIC = {
     "calibrate": ("Initialiser", "calibrate", "observing"),

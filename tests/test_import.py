@@ -33,7 +33,7 @@ def test_nothing_heavy_is_imported_before_it_is_used(code: str) -> None:
 
 def test_every_public_name_is_found_and_no_other() -> None:
     assert all(getattr(qat, name) is not None for name in qat.__all__)
-    assert set(qat.__all__) == set(qat._HOMES)
+    assert set(qat.__all__) == {*qat._HOMES, "__version__"}
     with pytest.raises(AttributeError, match="has no attribute 'calibrat'"):
         qat.calibrat  # type: ignore[attr-defined]  # noqa: B018
 

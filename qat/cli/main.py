@@ -10,7 +10,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+import qat
 
 COMMANDS = {
     "fit": "train: a teacher, a quantized or a binary model, with or without distillation",
@@ -25,7 +28,8 @@ COMMANDS = {
     "data",
 }
 """What each command does; the module of its name in `qat.cli.commands` says how."""
-COMMAND, RECIPE = "fit", "configs/default.yaml"
+COMMAND, RECIPE = "fit", "default"
+PROGRAM = "lowbit-vit" if Path(sys.argv[0]).stem == "lowbit-vit" else "train.py"
 DESCRIPTION = f"Low-bit vision transformers. Without a command: {COMMAND} --config {RECIPE}"
 
 
@@ -40,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 where the run failed, 2 for unusable arguments, 130 if interrupted.
     """
     name, *words = _with_command(list(sys.argv[1:] if arguments is None else arguments))
+    if name == "--version":
+        print(f"lowbit-vit {qat.__version__}")
+        return 0
     if name not in COMMANDS:
         return _no_command(name)
     _quieten()
@@ -75,7 +82,7 @@ def make_parser(name: str) -> Any:
     from qat.cli.recipe import RecipeFile
 
     parser = LightningArgumentParser(
-        prog=f"train.py {name}",
+        prog=f"{PROGRAM} {name}",
         description=COMMANDS[name],
         exit_on_error=False,
         allow_abbrev=False,
@@ -89,7 +96,7 @@ def make_parser(name: str) -> Any:
 
 def _with_command(words: list[str]) -> list[str]:
     """The words, with the default command where they name none, and its recipe likewise."""
-    if words and (words[0] in ("-h", "--help") or not words[0].startswith("-")):
+    if words and (words[0] in ("-h", "--help", "--version") or not words[0].startswith("-")):
         return words
     has_recipe = any(word.partition("=")[0] == "--config" for word in words)
     return [COMMAND, *([] if has_recipe else ["--config", RECIPE]), *words]
@@ -97,7 +104,8 @@ def _with_command(words: list[str]) -> list[str]:
 
 def _no_command(word: str) -> int:
     """Print the help that was asked for, or say that there is no such command."""
-    parser = argparse.ArgumentParser("train.py", description=DESCRIPTION, exit_on_error=False)
+    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(metavar="command", title="commands")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)

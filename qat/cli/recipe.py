@@ -8,12 +8,15 @@ Mappings merge key by key, later files win, and a mapping with another `class_pa
 one before. `${oc.env:NAME}` is an environment variable, `${key.of.the.recipe}` another value.
 A recipe may hold settings of several commands, such as `search`; each command reads its own.
 
-A path in a recipe is tried relative to the recipe that states it, then to the working directory. A
-value counts as a path where it holds a `/` or its key is one of `PATHS`.
+`--config` takes the path of a file, or the name of a recipe that comes with the package, such as
+`ptq/imagenet_vit_tiny_w4a4_repq`. A path in a recipe is tried relative to the recipe that states
+it, then to the working directory. A value counts as a path where it holds a `/` or its key is one
+of `PATHS`.
 """
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.plan import nearest
 
 PATHS = frozenset({"base", "plan", "root", "path", "teacher", "teacher_config", "judge_config"})
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
+"""The folder of the recipes that come with the package: inside it, or beside it in a checkout."""
 OF_SOME_COMMANDS = frozenset({"grid", "draws", "patchwise", "search", "method", "guard", "stream"})
 """Sections that not all commands have; the others leave them out."""
 
@@ -43,7 +49,7 @@ def load_recipe(*parts: Part) -> dict[str, Any]:
     """
     recipe: dict[str, Any] = {}
     for part in parts:
-        composed = dict(part) if isinstance(part, Mapping) else compose(Path(part))
+        composed = dict(part) if isinstance(part, Mapping) else compose(find(part))
         recipe = _merge(recipe, composed)
     try:
         return OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)  # type: ignore[return-value]
@@ -52,6 +58,15 @@ def load_recipe(*parts: Part) -> dict[str, Any]:
         hint = "; set it to the folder of the assets" if "LOWBIT_ASSETS" in reason else ""
         names = ", ".join("settings" if isinstance(p, Mapping) else f"'{p}'" for p in parts)
         raise ValueError(f"recipe {names}: {reason}{hint}") from None
+
+
+def find(name: str | Path) -> Path:
+    """The file that a recipe's name stands for; the name itself where there is none.
+
+    It is tried as a path, then among the shipped recipes, each with and without its ending.
+    """
+    tried = (folder / f"{name}{end}" for folder in (Path(), SHIPPED) for end in ("", ".yaml"))
+    return next((path for path in tried if path.is_file()), Path(name))
 
 
 def compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -69,9 +84,7 @@ def compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        found = f"; the folder holds {', '.join(near[:8])}" if near else "; see configs/"
-        raise ValueError(f"no recipe '{path}'{found}") from None
+        raise ValueError(f"no recipe '{path}'{_hint(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe '{path}' is no YAML: {error}") from None
     if not isinstance(recipe, dict):
@@ -79,6 +92,16 @@ def compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if isinstance(grid := recipe.get("grid"), dict):
         recipe["grid"] = {axis: _named(choices, path) for axis, choices in grid.items()}
     return _with_bases(recipe, path, (*above, path.resolve()))
+
+
+def _hint(path: Path) -> str:
+    """What there is instead of a recipe: a shipped one of a like name, or those beside it."""
+    shipped = [str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml")]
+    if near := get_close_matches(str(path.with_suffix("")), shipped, n=1):
+        return f"; did you mean '{near[0]}'?"
+    beside = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    found = ", ".join(beside[:8])
+    return f"; the folder holds {found}" if found else f"; recipes are in '{SHIPPED}'"
 
 
 def _named(choices: Any, path: Path) -> Any:

@@ -7,7 +7,7 @@ import yaml
 
 from qat.cli.grid import choices
 from qat.cli.main import COMMANDS, main, make_parser
-from qat.cli.recipe import OF_SOME_COMMANDS, load_recipe
+from qat.cli.recipe import OF_SOME_COMMANDS, SHIPPED, find, load_recipe
 
 
 def _write(path: Path, text: str) -> Path:
@@ -161,7 +161,7 @@ def test_missing_recipe_lists_what_the_folder_holds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no recipe '.*absent\.yaml'.*holds .*present\.yaml"):
         load_recipe(tmp_path / "absent.yaml")
     recipe = _write(tmp_path / "r.yaml", "base: gone/absent.yaml")
-    with pytest.raises(ValueError, match=r"no recipe '.*gone/absent\.yaml'; see configs/"):
+    with pytest.raises(ValueError, match=r"no recipe '.*gone/absent\.yaml'; recipes are in"):
         load_recipe(recipe)
 
 
@@ -223,3 +223,24 @@ def test_environment_and_keys_of_the_recipe_are_filled_in(
 def test_reference_to_a_missing_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"recipe '.*r\.yaml'.*no_such"):
         load_recipe(_write(tmp_path / "r.yaml", "a: ${no_such.key}"))
+
+
+@pytest.mark.parametrize("name", ["ptq/imagenet_vit_tiny_w4a4_repq", "default", "default.yaml"])
+def test_shipped_recipe_is_found_by_name_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find(name) == SHIPPED / f"{name.removesuffix('.yaml')}.yaml"
+
+
+def test_file_of_the_user_goes_before_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "default.yaml", "a: 1")
+    assert load_recipe("default") == {"a": 1}
+
+
+def test_misspelt_recipe_is_answered_by_the_shipped_one() -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'ptq/imagenet_vit_tiny_w4a4_repq'\?"):
+        load_recipe("ptq/imagenet_vit_tiny_w4a4_repqq")
