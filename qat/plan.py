@@ -154,21 +154,32 @@ class Plan:
         ]
 
     @staticmethod
-    def uniform(weight: int, activation: int) -> "Plan":
+    def uniform(weight: int, activation: int, zero_point: bool = True) -> "Plan":
         """Every product at one width of weights and one of activations, the image on 8 bits.
 
-        Weights have a scale for each output channel; all grids have a zero point. It applies to any
-        model; one without a `patch_embed.proj` has no rule of its own for the image.
+        Weights have a scale for each output channel. It applies to any model; one without a
+        `patch_embed.proj` has no rule of its own for the image.
+
+        Args:
+            weight: Bits of weights.
+            activation: Bits of activations, the image apart.
+            zero_point: True for grids with a zero point, False for grids symmetric around zero;
+                attention maps, which are never negative, are unsigned in both.
 
         Raises:
             ValueError: If a width is impossible.
         """
-        weights = QuantSpec(weight, False, Granularity.PER_CHANNEL)
-        image, low = QuantSpec(8, False), QuantSpec(activation, False)
+        signed = not zero_point
+        weights = QuantSpec(weight, signed, Granularity.PER_CHANNEL)
+        image, low, maps = (
+            QuantSpec(8, signed),
+            QuantSpec(activation, signed),
+            QuantSpec(activation, False),
+        )
         return Plan(
             (
                 Rule("patch_embed.proj", weights, image, optional=True),
-                Rule("*", weights, low, low, low, low, low, left=low, right=low, optional=True),
+                Rule("*", weights, low, low, low, maps, low, left=low, right=low, optional=True),
             )
         )
 
@@ -193,12 +204,15 @@ class Plan:
         Path(path).write_text(yaml.safe_dump(self.to_list(), sort_keys=False))
 
 
-def load_plan(plan: str | list[dict[str, Any]]) -> Plan:
-    """A plan from what a recipe says: a file, the rules, or `w4a4` for the uniform plan."""
+def load_plan(plan: str | list[dict[str, Any]], zero_point: bool = True) -> Plan:
+    """A plan from what a recipe says: a file, the rules, or `w4a4` for the uniform plan.
+
+    The uniform plan has grids with a zero point, where the quantizers offer one.
+    """
     if not isinstance(plan, str):
         return Plan.from_list(plan)
     if widths := re.fullmatch(r"w(\d+)a(\d+)", plan):
-        return Plan.uniform(int(widths[1]), int(widths[2]))
+        return Plan.uniform(int(widths[1]), int(widths[2]), zero_point)
     return Plan.load(plan)
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from qat.cli.run_folder import RunFolder
 from qat.lightning.data import VisionData
 from qat.lightning.tasks import Remembered, Task
-from qat.lightning.training import Training, converted
+from qat.lightning.training import Training, converted, plan_for
+from qat.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Session:
         made = self.section("model")
         keys = ("model", "plan", "quantizer", "convert")
         return converted(**{key: made[key] for key in keys}, checkpoint=made["teacher"])
+
+    def plan(self) -> Plan:
+        """The bit-width plan of the model."""
+        quantizer = self.objects("model.quantizer").model.quantizer
+        return plan_for(quantizer, self.config.model.plan)
 
     def data(self) -> VisionData:
         """The data module; reads the data."""

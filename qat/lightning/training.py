@@ -1,7 +1,7 @@
 """What all training has in common: building, quantizing, calibrating, optimizing, checkpoints."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from qat.train.regularize import Regularizer
 MakeOptimizer = Callable[[Iterable], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
 Convert = Callable[[nn.Module, Plan, QuantizerFactory], Conversion]
+NUM_CALIBRATION = 32
+"""Images that calibrate where the data does not say."""
 Initialise = Callable[[nn.Module, Iterable, Journal], None]
 """A `qat.calibrate.Initialiser`, in the form that the parser of arguments understands."""
 
@@ -78,9 +80,30 @@ class Training(LightningModule):
         """As in validation."""
         self.validation_step(batch, batch_idx)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Output of the model for a batch of images, with or without labels beside them."""
+        return self.model(batch[0] if isinstance(batch, list | tuple) else batch)
+
     def calibration_batches(self) -> Iterable[Any]:
-        """What quantizers are calibrated on: preprocessed images."""
-        return self.trainer.datamodule.calibration_batches()  # type: ignore[attr-defined]
+        """What quantizers are calibrated on: preprocessed images.
+
+        A data module with `calibration_batches` gives them; of any other, or of a plain loader,
+        they are the first training images, at least `NUM_CALIBRATION`.
+        """
+        source = getattr(self.trainer, "datamodule", None)
+        if hasattr(source, "calibration_batches"):
+            return source.calibration_batches()
+        return self._first_images()
+
+    def _first_images(self) -> Iterator[Tensor]:
+        self.trainer.fit_loop.setup_data()
+        count = 0
+        with torch.random.fork_rng():  # what a loader draws to shuffle, it draws again to train
+            for images, *_ in self.trainer.train_dataloader or ():
+                yield images
+                count += len(images)
+                if count >= NUM_CALIBRATION:
+                    return
 
     def on_fit_start(self) -> None:
         """Initialise quantizers that are still in float; a resumed run has them already."""
@@ -129,6 +152,19 @@ class Training(LightningModule):
             checkpoint[files.MANIFEST]["teacher_sha256"] = files.digest(self.teacher.state_dict())
         checkpoint["rng_state"] = torch.get_rng_state()
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> "Training":  # type: ignore[override]
+        """A module around the model in a checkpoint, quantizers included.
+
+        Args:
+            checkpoint_path: A file from `fit`, a plain `Trainer`, `quantize` or `qat.save`.
+            arguments: Further arguments of the module, such as `objective`; not the model's.
+
+        Raises:
+            ValueError: As `qat.load` does.
+        """
+        return cls(files.load(checkpoint_path), **arguments)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model.
 
@@ -163,8 +199,13 @@ def converted(
             raise ValueError("set model.model, or model.teacher to start from its copy")
         model = files.load(checkpoint)
     if plan is not None:
-        convert(model, load_plan(plan), quantizer)
+        convert(model, plan_for(quantizer, plan), quantizer)
     return model
+
+
+def plan_for(quantizer: Factory | QuantizerFactory, plan: str | list[dict[str, Any]]) -> Plan:
+    """The plan of a recipe; `w4a4` means the uniform plan that suits the quantizer."""
+    return load_plan(plan, getattr(quantizer, "has_zero_point", True))
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

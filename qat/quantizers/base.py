@@ -57,6 +57,8 @@ class Quantizer(nn.Module, ABC):
     """
 
     supported_bits: ClassVar[range] = range(2, 17)
+    has_zero_point: ClassVar[bool] = True
+    """Whether an unsigned grid may be moved to where the values are; says what `w4a4` means."""
 
     def __init__(
         self, spec: QuantSpec, shape: tuple[int, ...], operand: Operand = Operand.INPUT

@@ -58,6 +58,8 @@ class LSQ(Quantizer):
         ValueError: If the weights of a layer are to be unsigned.
     """
 
+    has_zero_point = False
+
     def __init__(
         self,
         spec: QuantSpec,

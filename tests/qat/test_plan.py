@@ -148,3 +148,12 @@ def test_short_name_of_a_plan_is_the_uniform_plan_with_the_image_on_eight_bits()
 def test_short_name_of_an_impossible_width_is_refused_as_such() -> None:
     with pytest.raises(ValueError, match="bits must be 1 to 16, got 99"):
         load_plan("w99a4")
+
+
+def test_uniform_plan_without_zero_points_is_signed_but_for_attention_maps() -> None:
+    """`w4a4` serves quantizers of both kinds, such as Affine and LSQ."""
+    (image, rule) = load_plan("w4a4", zero_point=False).rules
+    assert image.input == QuantSpec(8) and image.weight == rule.weight
+    assert rule.attention == QuantSpec(4, signed=False)
+    others = (rule.input, rule.query, rule.key, rule.value, rule.left, rule.right)
+    assert set(others) == {QuantSpec(4)}

@@ -10,7 +10,6 @@ from qat.cli.evaluation import evaluate, patchwise_as_asked
 from qat.cli.session import Session
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
-from qat.plan import load_plan
 from qat.quantizers import Phase, quantizers
 
 
@@ -72,7 +71,7 @@ def _require_same_model(session: Session, model: nn.Module) -> None:
     """Refuse a checkpoint that contradicts what the recipe says of model and plan."""
     settings, path = session.config.model, session.config.ckpt_path
     if settings.plan is not None:
-        wanted = load_plan(settings.plan).to_list()
+        wanted = session.plan().to_list()
         conversion = getattr(model, "conversion", None)
         found = None if conversion is None else conversion.plan.to_list()
         if wanted != found:
