@@ -21,11 +21,11 @@ from sensitivity import unpack
 from torch import Tensor, nn
 
 from qat import convert_
+from qat.card import expected_by
 from qat.cli.main import open_session
 from qat.cost.count import cost
 from qat.models import num_classes_of
 from qat.plan import Plan
-from qat.preprocessing import expected_by
 from qat.quantizers import QuantizerFactory
 from qat.search import pmq
 from qat.search.allocate import best
@@ -51,7 +51,7 @@ class Bench:
         words = ("--config", config, "--data.num_calibration", "96", "--seed_everything", str(seed))
         session = open_session("quantize", *words)
         self.session = session.changed({"model.plan": None})
-        self.make: QuantizerFactory = session.model().conversion.make_quantizer
+        self.make: QuantizerFactory = session.model().card.conversion.make_quantizer
         module, data = self.session.module(), self.session.data()
         data.attach(expected_by(module.model), num_classes_of(module.model))
         self.initialise, self.journal = module.initialise, module.journal

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import qat
+from qat.card import expected_by
 from qat.cli.commands.adapt import StreamSettings, make_stream
 from qat.cli.grid import named
 from qat.cli.main import open_session
@@ -12,7 +13,6 @@ from qat.cli.recipe import Part, compose, load_recipe
 from qat.data.streams import StreamBatch
 from qat.models import num_classes_of
 from qat.plan import nearest
-from qat.preprocessing import expected_by
 from qat.tta import Adapter
 
 RECIPE = "configs/tta/cifar10_vit_tiny.yaml"

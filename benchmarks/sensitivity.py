@@ -20,9 +20,9 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
+from qat.card import expected_by
 from qat.cli.main import open_session
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.quantizers import PercentileMSE, quantizers
 from qat.quantizers.slots import Slot, slot_of
 from qat.search.metrics import (

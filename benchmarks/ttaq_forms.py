@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ptq_init.repq_vit import RepQViT
 from ptq_init.ttaq import TTAQ, WeakPerturbation
 from qat import Plan, convert_
+from qat.card import expected_by
 from qat.data.corrupted import Generated
 from qat.data.corruptions import HELD_OUT
 from qat.data.protocols import Continual
@@ -34,7 +35,6 @@ from qat.data.sources import parquet
 from qat.data.streams import Stream
 from qat.layers import quantized_weights, through
 from qat.models import timm_model
-from qat.preprocessing import expected_by
 from qat.quantizers import PerOperand, TanQ
 
 ASSETS = os.environ.get("LOWBIT_ASSETS", "")

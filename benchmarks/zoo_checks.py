@@ -27,9 +27,9 @@ from ptq_init.percentile_mse import PercentileMSERange
 from ptq_init.repq_vit import RepQViT
 from qat import Phase, set_phase
 from qat.calibrate import Initialiser
+from qat.card import expected_by
 from qat.cost.count import cost
 from qat.plan import load_plan
-from qat.preprocessing import expected_by
 from qat.quantizers import Affine
 
 ROOT, DROPOUT = str(Path(__file__).parents[1]), 0.1

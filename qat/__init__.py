@@ -10,24 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat.calibrate import Initialiser, calibrate, observing
+    from qat.card import Card, card_of
     from qat.checkpoint import load, save
     from qat.convert import convert_
-    from qat.models import timm_model
+    from qat.models import adopt, timm_model
     from qat.plan import Plan, Rule
+    from qat.preprocessing import Preprocessing
     from qat.quantizers import Phase, Quantizer, set_phase
     from qat.spec import Granularity, Operand, QuantSpec
 
 __all__ = [
+    "Card",
     "Granularity",
     "Initialiser",
     "Operand",
     "Phase",
     "Plan",
+    "Preprocessing",
     "QuantSpec",
     "Quantizer",
     "Rule",
     "__version__",
+    "adopt",
     "calibrate",
+    "card_of",
     "convert_",
     "load",
     "observing",
@@ -40,10 +46,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "calibrate": ("Initialiser", "calibrate", "observing"),
+    "card": ("Card", "card_of"),
     "checkpoint": ("load", "save"),
     "convert": ("convert_",),
-    "models": ("timm_model",),
+    "models": ("adopt", "timm_model"),
     "plan": ("Plan", "Rule"),
+    "preprocessing": ("Preprocessing",),
     "quantizers": ("Phase", "Quantizer", "set_phase"),
     "spec": ("Granularity", "Operand", "QuantSpec"),
 }

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from qat.card import amend, card_of, expected_by
 from qat.component import build, describe
 from qat.convert import convert_
 from qat.models import timm_model
@@ -33,20 +35,20 @@ def manifest(model: nn.Module, state: dict[str, Any], prefix: str = "") -> dict[
     """What rebuilds `model` around the tensors `state`.
 
     Args:
-        model: A model from `qat.timm_model`, converted or not.
+        model: A model with a card, converted or not.
         state: State dictionary that goes into the same file.
         prefix: Prefix of the model's keys in `state`, such as `model.`.
 
     Raises:
         ValueError: If the model does not carry its recipe, or its factories cannot be named.
     """
-    recipe, preprocessing = getattr(model, "recipe", None), getattr(model, "preprocessing", None)
-    if recipe is None or preprocessing is None:
+    card = card_of(model)
+    if card.recipe is None:
         raise ValueError(
-            "the model does not say how it was built, so a checkpoint could not rebuild it; build "
-            "it with qat.timm_model(name, ...) instead of timm.create_model"
+            "the model's card does not say how it is built, so a checkpoint could not rebuild it; "
+            "say so with qat.adopt(model, recipe=...), or build it with qat.timm_model(name, ...)"
         )
-    for key, value in recipe.items():
+    for key, value in card.recipe.items():
         try:
             json.dumps(value)
         except TypeError:
@@ -54,11 +56,12 @@ def manifest(model: nn.Module, state: dict[str, Any], prefix: str = "") -> dict[
                 f"the model was built with {key} {value!r}, which is no plain data, so a "
                 "checkpoint cannot hold it; use numbers, strings, lists and mappings"
             ) from None
-    conversion = getattr(model, "conversion", None)
+    conversion = card.conversion
     return {
         "format": FORMAT,
-        "model": recipe,
-        "preprocessing": preprocessing.to_dict(),
+        "model": card.recipe,
+        "preprocessing": expected_by(model).to_dict(),
+        "class_names": card.class_names and list(card.class_names),
         "conversion": None
         if conversion is None
         else {
@@ -107,7 +110,12 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
             f"checkpoint '{path}' holds a Swin whose queries were quantized before they were "
             "scaled, which they no longer are; quantize or train the float model again"
         )
-    model.preprocessing = Preprocessing.from_dict(data["preprocessing"])  # type: ignore[assignment]
+    names = data.get("class_names")
+    amend(
+        model,
+        preprocessing=Preprocessing.from_dict(data["preprocessing"]),
+        class_names=names and tuple(names),
+    )
     if (conversion := data["conversion"]) is not None:
         convert_(
             model,
@@ -150,7 +158,7 @@ def _todays(data: Any) -> Any:
     return RENAMED.get(data, data) if isinstance(data, str) else data
 
 
-def build_model(recipe: dict[str, Any], trust: tuple[str, ...] = ()) -> nn.Module:
+def build_model(recipe: Mapping[str, Any], trust: tuple[str, ...] = ()) -> nn.Module:
     """The float model of a recipe: one of timm's, or what a named function builds."""
     return build(recipe, trust)() if "class_path" in recipe else timm_model(**recipe)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.card import Conversion, amend
 from qat.layers import QuantConv2d, QuantLinear, QuantMatmul, quant_layer
 from qat.models import example_inputs, has_example
 from qat.multihead import QuantMultiheadAttention
@@ -103,23 +104,6 @@ HANDLERS: Mapping[type, Handler] = {
 }
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert_` did, enough to do it again; kept on the model as `model.conversion`.
-
-    Attributes:
-        plan: The plan.
-        make_quantizer: The factory.
-        handlers: Type to handler.
-        kept: For each layer and product left in float, by plan name, the reason.
-    """
-
-    plan: Plan
-    make_quantizer: QuantizerFactory
-    handlers: Mapping[type, Handler]
-    kept: Mapping[str, str]
-
-
 def convert_(
     model: nn.Module,
     plan: Plan,
@@ -141,7 +125,7 @@ def convert_(
         handlers: Type to handler, of modules and of `Pair` and `Product`.
 
     Returns:
-        What was done; also kept as `model.conversion`.
+        What was done; also kept in the model's card.
 
     Raises:
         ValueError: If the model is converted already, a rule has no effect, or the factory offers
@@ -165,7 +149,7 @@ def convert_(
         if any(sites) or name in bypassed or _is_within(name, owners):
             intercept_(model.get_submodule(name), sites, children, bypassed.get(name, ()))
     conversion = Conversion(plan, make_quantizer, handlers, work.kept)
-    model.conversion = conversion  # type: ignore[assignment]
+    amend(model, conversion=conversion)
     return conversion
 
 

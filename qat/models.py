@@ -1,6 +1,7 @@
 """Build a timm model by name, in a way that a checkpoint can repeat."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
 
+from qat.card import Card, amend, expected_by
 from qat.plan import nearest
-from qat.preprocessing import expected_by, of_model
+from qat.preprocessing import Preprocessing, of_model
 
 
 def timm_model(
@@ -24,7 +26,7 @@ def timm_model(
     data_config: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A timm model that carries its recipe and its preprocessing.
+    """A timm model with a card.
 
     Args:
         name: timm's model name, such as `vit_tiny_patch16_224`.
@@ -83,8 +85,33 @@ def timm_model(
         "data_config": data_config,
         "model_args": model_args,
     }
-    model.recipe = recipe  # type: ignore[assignment]
-    model.preprocessing = of_model(model)  # type: ignore[assignment]
+    amend(model, recipe=recipe, preprocessing=of_model(model))
+    return model
+
+
+def adopt(
+    model: nn.Module,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
+) -> nn.Module:
+    """Give a card to any model: of `timm.create_model`, torchvision, transformers, or your own.
+
+    Args:
+        model: The model; it is changed in nothing else.
+        recipe: How to build it, which `qat.save` needs: arguments of `timm_model`, or a mapping of
+            `class_path` and `init_args` that names a builder and its arguments.
+        preprocessing: What its images have gone through; None takes that of a timm model.
+        class_names: Names of its classes, in the order of its outputs.
+
+    Returns:
+        The model.
+    """
+    if preprocessing is None and hasattr(model, "pretrained_cfg"):
+        preprocessing = of_model(model)
+    names = None if class_names is None else tuple(class_names)
+    amend(model, recipe=recipe, preprocessing=preprocessing, class_names=names)
     return model
 
 
@@ -118,7 +145,8 @@ def example_inputs(model: nn.Module, device: str = "cpu") -> tuple[Tensor, ...]:
 
 def has_example(model: nn.Module) -> bool:
     """Whether a model says what its inputs look like."""
-    return hasattr(model, "example_inputs") or hasattr(model, "preprocessing")
+    card = getattr(model, "card", Card())
+    return hasattr(model, "example_inputs") or card.preprocessing is not None
 
 
 def num_classes_of(model: nn.Module) -> int:

@@ -52,21 +52,6 @@ def of_model(model: nn.Module) -> Preprocessing:
     return Preprocessing.from_dict({key: config[key] for key in keys})
 
 
-def expected_by(model: nn.Module) -> Preprocessing:
-    """The preprocessing that a model from `qat.timm_model` carries.
-
-    Raises:
-        ValueError: If it carries none.
-    """
-    preprocessing = getattr(model, "preprocessing", None)
-    if not isinstance(preprocessing, Preprocessing):
-        raise ValueError(
-            "the model carries no preprocessing; build it with qat.timm_model(name, ...) instead "
-            "of timm.create_model"
-        )
-    return preprocessing
-
-
 def check_transform(transform: Any, expected: Preprocessing) -> None:
     """Refuse an evaluation transform that does something else than the model expects.
 

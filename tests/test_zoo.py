@@ -9,6 +9,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from zoo import examine, lines_of, parse
 from zoo_checks import CHECKS, INITIALISING, Subject, outcome
 
+import qat
 from qat.preprocessing import Preprocessing
 
 TINY = "img_size=32,model_args=dict(depth=1,embed_dim=32,num_heads=2)"
@@ -43,10 +44,12 @@ def test_small_model_of_any_family_keeps_every_promise(line: str) -> None:
 def test_vision_transformer_of_torchvision_keeps_every_promise_but_a_checkpoint() -> None:
     model = VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=5)
     three = (0.5, 0.5, 0.5)
-    model.preprocessing = Preprocessing((3, 32, 32), three, three, "bicubic", 1.0, "center")  # type: ignore[assignment]
+    qat.adopt(
+        model, preprocessing=Preprocessing((3, 32, 32), three, three, "bicubic", 1.0, "center")
+    )
     subject = Subject.of(model)
     found = {name: outcome(lambda check=check: check(subject)) for name, check in CHECKS.items()}
-    assert str(found.pop("saves")).startswith("ours: ValueError: the model does not say how")
+    assert str(found.pop("saves")).startswith("ours: ValueError: the model's card does not say how")
     assert found == {name: True for name in CHECKS if name != "saves"}
 
 
@@ -56,7 +59,8 @@ class Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.preprocessing = Preprocessing((3, 32, 32), *[(0.5,) * 3] * 2, "bicubic", 1.0, "center")
+        pixels = Preprocessing((3, 32, 32), *[(0.5,) * 3] * 2, "bicubic", 1.0, "center")
+        qat.adopt(self, preprocessing=pixels)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).logits
@@ -72,7 +76,7 @@ def test_vision_transformer_of_transformers_keeps_every_promise_but_a_checkpoint
     config = transformers.ViTConfig(**sizes, **images, attn_implementation=attention)
     subject = Subject.of(Logits(transformers.ViTForImageClassification(config).eval()))
     found = {name: outcome(lambda check=check: check(subject)) for name, check in CHECKS.items()}
-    assert str(found.pop("saves")).startswith("ours: ValueError: the model does not say how")
+    assert str(found.pop("saves")).startswith("ours: ValueError: the model's card does not say how")
     assert found == {name: True for name in CHECKS if name != "saves"}
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from pytorch_lightning import Trainer
 from torch import nn
 
+from qat.card import expected_by
 from qat.cli.session import Session
 from qat.cost.count import cost
 from qat.cost.coverage import cost_items
 from qat.lightning.data import VisionData
 from qat.models import num_classes_of
 from qat.patchwise import patchwise
-from qat.preprocessing import expected_by
 
 
 def evaluate(

@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from qat.card import expected_by
 from qat.cli.console import check_coverage, console
 from qat.cli.evaluation import evaluate, model_items
 from qat.cli.progress import RunJournal
@@ -19,7 +20,6 @@ from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
 from qat.lightning.data import VisionData
 from qat.lightning.training import Training
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.quantizers import quantizers
 
 

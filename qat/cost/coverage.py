@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
+from qat.card import Card
 from qat.cost.conventions import CLAIMS, Count, matches, ops_counts, plain_ops, size_counts
 from qat.cost.count import TRANSFORM, Cost, Site
 
@@ -41,7 +42,7 @@ def coverage_lines(model: nn.Module, cost: Cost) -> list[str]:
 
 def kept_in_float(model: nn.Module, cost: Cost) -> dict[str, str]:
     """Every product that does not run below 16 bits, by name, with the reason."""
-    conversion = getattr(model, "conversion", None)
+    conversion = getattr(model, "card", Card()).conversion
     reasons = {}
     for site in cost.sites:
         if site.low_bit:

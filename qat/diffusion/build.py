@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.card import amend
 from qat.diffusion.model import DiT
 from qat.preprocessing import Preprocessing
 
@@ -23,16 +24,17 @@ MNIST = {
 
 
 def dit(**arguments: Any) -> DiT:
-    """A DiT that carries its recipe and its preprocessing: pixels in [-1, 1].
+    """A DiT with a card: pixels in [-1, 1].
 
     Args:
         arguments: Those of `DiT`.
     """
     model = DiT(**arguments)
-    model.recipe = {"class_path": "qat.diffusion.build.dit", "init_args": arguments}  # type: ignore[assignment]
+    recipe = {"class_path": "qat.diffusion.build.dit", "init_args": arguments}
     half = (0.5,) * model.in_chans
     size = (model.in_chans, model.img_size, model.img_size)
-    model.preprocessing = Preprocessing(size, half, half, "bicubic", 1.0, "center")  # type: ignore[assignment]
+    pixels = Preprocessing(size, half, half, "bicubic", 1.0, "center")
+    amend(model, recipe=recipe, preprocessing=pixels)
     return model
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.card import amend
 from qat.preprocessing import Preprocessing
 
 
@@ -40,13 +41,14 @@ class Judge(nn.Module):
 
 
 def judge(**arguments: Any) -> Judge:
-    """A judge that carries its recipe and its preprocessing: grey pixels in [-1, 1].
+    """A judge with a card: grey pixels in [-1, 1].
 
     Args:
         arguments: Those of `Judge`.
     """
     model = Judge(**arguments)
-    model.recipe = {"class_path": "qat.diffusion.judge.judge", "init_args": arguments}  # type: ignore[assignment]
+    recipe = {"class_path": "qat.diffusion.judge.judge", "init_args": arguments}
     size = (1, arguments["img_size"], arguments["img_size"])
-    model.preprocessing = Preprocessing(size, (0.5,), (0.5,), "bicubic", 1.0, "center")  # type: ignore[assignment]
+    pixels = Preprocessing(size, (0.5,), (0.5,), "bicubic", 1.0, "center")
+    amend(model, recipe=recipe, preprocessing=pixels)
     return model

@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qat import checkpoint as files
 from qat.calibrate import calibrate
+from qat.card import expected_by
 from qat.convert import convert_
 from qat.lightning.training import Convert, Initialise, MakeOptimizer, MakeSchedule, Training
 from qat.models import num_classes_of
@@ -125,8 +126,8 @@ class Distillation(Training):
 
 
 def _require_same_task(model: nn.Module, teacher: nn.Module) -> None:
-    for what in ("num_classes", "preprocessing"):
-        ours, theirs = getattr(model, what), getattr(teacher, what)
+    for what, of in (("num_classes", num_classes_of), ("preprocessing", expected_by)):
+        ours, theirs = of(model), of(teacher)
         if ours != theirs:
             raise ValueError(
                 f"model and teacher disagree on {what}: {ours} against {theirs}; both see the same "

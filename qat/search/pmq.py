@@ -25,6 +25,7 @@ from typing import Literal
 
 from torch import nn
 
+from qat.card import conversion_of
 from qat.cost.count import Cost, Site, Width, cost
 from qat.cost.latency import LatencyTable
 from qat.plan import Plan, Rule
@@ -167,20 +168,20 @@ def plan_of(template: nn.Module, chosen: Mapping[Slot, int], reasons: Mapping[st
         chosen: The width of each slot.
         reasons: Why, for each product.
     """
-    conversion = template.conversion
+    conversion = conversion_of(template)
     owners = dict.fromkeys(slot.module for slot in chosen)
     rules = []
     for owner in owners:
-        rule = conversion.plan.match(owner)  # type: ignore[union-attr]
+        rule = conversion.plan.match(owner) or Rule(owner)
         specs = {
-            slot.operand.value: replace(rule.spec(slot.operand), bits=bits)
+            slot.operand.value: replace(spec, bits=bits)
             for slot, bits in chosen.items()
-            if slot.module == owner
+            if slot.module == owner and (spec := rule.spec(slot.operand))
         }
         names = (owner, *(f"{owner}.{product}" for product in PRODUCTS))
         words = [reasons[name] for name in names if name in reasons]
-        rules.append(Rule(owner, **specs, reason="; ".join(words)))
-    kept = conversion.kept.items()  # type: ignore[union-attr]
+        rules.append(Rule(owner, reason="; ".join(words), **specs))  # type: ignore[arg-type]
+    kept = conversion.kept.items()
     return Plan((*rules, *(Rule(name, reason=reason) for name, reason in kept)))
 
 

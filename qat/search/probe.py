@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.card import conversion_of
 from qat.quantizers import ObserverFactory, Phase, Quantizer, QuantizerFactory, quantizers
 from qat.quantizers.slots import Slot, slot_of
 from qat.spec import Operand
@@ -93,14 +94,16 @@ def probing(
     Raises:
         ValueError: If the factory of the model's conversion offers no quantizer for a width.
     """
-    make_quantizer: QuantizerFactory = model.conversion.make_quantizer  # type: ignore[union-attr]
+    conversion = conversion_of(model)
     own = dict(quantizers(model))
     modes = {module: module.training for module in model.modules()}
     probes: dict[Slot, Probe] = {}
     for path, quantizer in own.items():
         slot = slot_of(path, quantizer)
         wanted = widths.get(slot, ())
-        probes[slot] = Probe({b: _at(quantizer, b, make_quantizer, observer) for b in wanted})
+        probes[slot] = Probe(
+            {b: _at(quantizer, b, conversion.make_quantizer, observer) for b in wanted}
+        )
         model.set_submodule(path, probes[slot])
     try:
         model.eval()

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.card import expected_by
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered
 from qat.tta.base import Method
 from qat.tta.guard import Guard

@@ -131,7 +131,7 @@ class Intake:
             raise Refused(
                 "dtype",
                 f"images must be preprocessed floating-point pixels, got {images.dtype}; "
-                "normalize them by model.preprocessing",
+                "normalize them by qat.card_of(model).preprocessing",
             )
         if images.ndim != 4:
             raise Refused(
@@ -147,7 +147,7 @@ class Intake:
                 raise Refused(
                     code,  # type: ignore[arg-type]
                     f"images have {code} {tuple(found)}, the model expects {wanted}; preprocess "
-                    "them by model.preprocessing",
+                    "them by qat.card_of(model).preprocessing",
                 )
         if not len(images):
             raise Refused("empty", "the batch is empty; leave it out of the stream")

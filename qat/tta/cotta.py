@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qat.preprocessing import expected_by
+from qat.card import expected_by
 from qat.quantizers import quantizers
 from qat.tta.answer import State, Step
 from qat.tta.augment import view

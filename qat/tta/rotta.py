@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qat.card import expected_by
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.tta.answer import State, Step
 from qat.tta.augment import view
 from qat.tta.gradient import GradientMethod, gradient

@@ -32,7 +32,7 @@ def products() -> list[tuple[Tensor, Tensor]]:
     model = timm_model(
         "vit_tiny_patch16_224", weights=str(ASSETS / "weights/vit_tiny_patch16_224.safetensors")
     ).eval()
-    transform = create_transform(**model.preprocessing.to_dict())
+    transform = create_transform(**model.card.preprocessing.to_dict())
     paths = sorted((ASSETS / "data/imagenet-sample/val").rglob("*.jpg"))[::61][:8]
     x = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     found = []

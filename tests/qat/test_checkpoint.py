@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import qat
 from qat import Plan
+from qat.card import amend
 from qat.checkpoint import MANIFEST, WINDOWS, digest, manifest, read, require_same
 from qat.preprocessing import Preprocessing
 from qat.quantizers import LSQ, Affine, quantizers
@@ -87,18 +89,23 @@ def test_logits_are_bit_identical_in_a_new_process(images: Tensor, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loaded_model_has_plan_phases_preprocessing_and_evaluation_mode(
+def test_loaded_model_has_plan_phases_preprocessing_class_names_and_evaluation_mode(
     kind: str, images: Tensor, tmp_path: Path
 ) -> None:
     model = _model(kind, images).train()
-    model.preprocessing = Preprocessing((1, 8, 8), (0.1,), (0.2,), "nearest", 0.9, "center")
+    amend(
+        model,
+        preprocessing=Preprocessing((1, 8, 8), (0.1,), (0.2,), "nearest", 0.9, "center"),
+        class_names=tuple("abcdefghij"),
+    )
     qat.save(model, tmp_path / "model.ckpt")
     loaded = qat.load(tmp_path / "model.ckpt")
-    assert loaded.preprocessing == model.preprocessing
+    assert loaded.card.preprocessing == model.card.preprocessing
+    assert loaded.card.class_names == tuple("abcdefghij")
     assert not any(module.training for module in loaded.modules())
     assert {found.phase for _, found in quantizers(loaded)} <= {qat.Phase.QUANTIZE}
     if kind != "teacher":
-        assert loaded.conversion == model.conversion
+        assert loaded.card.conversion == model.card.conversion
     qat.save(loaded, tmp_path / "again.ckpt")
     assert read(tmp_path / "again.ckpt")[MANIFEST] == read(tmp_path / "model.ckpt")[MANIFEST]
 
@@ -276,7 +283,7 @@ def test_model_argument_that_would_make_the_file_unreadable_is_refused_at_save(
 
 def test_model_of_another_builder_is_refused_with_the_builder_to_use(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
-    with pytest.raises(ValueError, match=r"does not say how it was built.*qat\.timm_model"):
+    with pytest.raises(ValueError, match=r"the model has no card.*qat\.timm_model.*qat\.adopt"):
         qat.save(model, tmp_path / "model.ckpt")
     assert not list(tmp_path.iterdir())
 
@@ -308,7 +315,7 @@ def test_checkpoint_of_another_model_is_refused_by_the_part_that_differs(
 ) -> None:
     ours, theirs = make_tiny_vit(), make_tiny_vit(depth=1 if part == "model" else 2)
     if part == "preprocessing":
-        theirs.preprocessing = Preprocessing((1, 8, 8), (0.1,), (0.5,), "bicubic", 1.0, "center")
+        amend(theirs, preprocessing=replace(theirs.card.preprocessing, mean=(0.1,)))
     qat.convert_(ours, plan(), LSQ)
     qat.convert_(theirs, plan(), Affine if part == "conversion" else LSQ)
     found = [manifest(model, model.state_dict()) for model in (theirs, ours)]

@@ -143,7 +143,7 @@ def test_modules_get_the_quantizers_that_their_rule_names(tiny_vit: nn.Module) -
     assert attention.qkv.weight_quantizer is None
     assert attention.qkv.input_quantizer.spec == QuantSpec(6, signed=False)
     assert type(tiny_vit.blocks[1].attn) is Attention
-    assert tiny_vit.conversion is conversion
+    assert tiny_vit.card.conversion is conversion
 
 
 def test_what_stays_in_float_is_listed_with_the_reason(tiny_vit: nn.Module) -> None:
@@ -188,7 +188,7 @@ def test_wrong_plan_is_refused_and_leaves_the_model_untouched(
         convert_(tiny_vit, _plan(*rules), LSQ)
     assert dict(tiny_vit.named_modules()) == modules
     assert_same_state(snapshot(tiny_vit), state)
-    assert not hasattr(tiny_vit, "conversion")
+    assert tiny_vit.card.conversion is None
 
 
 @pytest.mark.parametrize("fails_at", [1, 7, 24])

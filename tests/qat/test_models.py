@@ -45,8 +45,8 @@ def test_weights_of_a_file_give_the_logits_of_the_model_that_was_saved(
     model = make()
     path = str(tmp_path / f"model.{suffix}")
     (torch.save if suffix == "pth" else save_file)(model.state_dict(), path)
-    recipe = {key: value for key, value in model.recipe.items() if key != "num_classes"}
-    x = torch.randn(2, 1, *model.preprocessing.input_size[1:])
+    recipe = {key: value for key, value in model.card.recipe.items() if key != "num_classes"}
+    x = torch.randn(2, 1, *model.card.preprocessing.input_size[1:])
     assert torch.equal(timm_model(**recipe, weights=path).eval()(x), model(x))
 
 
@@ -120,9 +120,9 @@ def test_channels_without_image_size_are_refused() -> None:
 
 def test_recipe_builds_the_same_architecture_again() -> None:
     model = make_tiny_vit()
-    again = timm_model(**model.recipe)
-    assert again.recipe == model.recipe
-    assert again.preprocessing == model.preprocessing
+    again = timm_model(**model.card.recipe)
+    assert again.card.recipe == model.card.recipe
+    assert again.card.preprocessing == model.card.preprocessing
     assert again.load_state_dict(model.state_dict())
 
 
@@ -130,12 +130,12 @@ def test_recipe_is_not_changed_by_what_the_caller_does_later() -> None:
     arguments = dict(TINY)
     model = timm_model("vit_tiny_patch16_224", img_size=8, model_args=arguments)
     arguments["depth"] = 7
-    assert model.recipe["model_args"]["depth"] == 2
+    assert model.card.recipe["model_args"]["depth"] == 2
 
 
 def test_image_size_reaches_model_and_preprocessing() -> None:
     model = timm_model("vit_tiny_patch16_224", img_size=32, model_args={"depth": 1})
-    assert model.preprocessing.input_size == (3, 32, 32)
+    assert model.card.preprocessing.input_size == (3, 32, 32)
     assert model.pos_embed.shape[1] == 1 + 2 * 2
 
 

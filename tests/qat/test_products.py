@@ -259,7 +259,7 @@ def test_several_attentions_and_products_of_one_module_have_names_and_formulas_o
     assert [name for name, _ in twin.named_children()] == [
         "qk", "av", "qk_1", "av_1", "product_2", "product_3"
     ]  # fmt: skip
-    assert set(twin.conversion.kept) == set()
+    assert set(twin.card.conversion.kept) == set()
     assert torch.equal(twin(x), module(x))
     twin = _calibrated(twin, x)
     heads = x.unflatten(-1, (HEADS, -1))
@@ -284,7 +284,7 @@ def test_rule_for_a_further_product_is_named_by_its_number() -> None:
         "0.qk.left_quantizer": 4,
         "0.qk_1.left_quantizer": 3,
     }
-    assert model.conversion.kept == {"0#2": "stay", "0#3": "stay"}
+    assert model.card.conversion.kept == {"0#2": "stay", "0#3": "stay"}
 
 
 class Passing(nn.Module):

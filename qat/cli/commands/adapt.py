@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from qat import checkpoint as files
+from qat.card import expected_by
 from qat.cli.adaptation import Adaptation
 from qat.cli.arguments import (
     add_draws_argument,
@@ -33,7 +34,6 @@ from qat.data.streams import Stream
 from qat.lightning.data import VisionData
 from qat.lightning.training import Initialise
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.tta import Adapter, Guard, Method
 from qat.tta.store import SLOTS, Store
 

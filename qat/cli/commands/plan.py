@@ -5,6 +5,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
 from qat import checkpoint as files
+from qat.card import card_of
 from qat.cli.arguments import add_grid_argument, add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console
 from qat.cli.grid import choices
@@ -39,13 +40,14 @@ def run(session: Session) -> None:
 def show(session: Session, model: nn.Module) -> None:
     """Print the tables of one model."""
     costs = cost(model)
-    float_model = files.build_model(model.recipe)  # type: ignore[arg-type]
+    recipe = card_of(model).recipe or {}
+    float_model = files.build_model(recipe)
     console.print(plan_table(costs))
     check_coverage(model, session.config.require_coverage)
     console.print(totals_table(costs, cost(float_model)))
     for line in memory_lines(model, costs, session.config.data.batch_size):
         console.print(line)
-    for line in claim_lines(str(model.recipe.get("name")), costs):  # type: ignore[union-attr]
+    for line in claim_lines(str(recipe.get("name")), costs):
         console.print(line, highlight=False)
 
 

@@ -10,6 +10,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
 from qat import checkpoint as files
+from qat.card import expected_by
 from qat.cli.arguments import (
     add_draws_argument,
     add_grid_argument,
@@ -26,7 +27,6 @@ from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
 from qat.lightning.tasks import Task
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 
 ROWS = {
     "calibration images": ("n_calibration", "{:,}"),

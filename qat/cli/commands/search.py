@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
+from qat.card import expected_by
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, show
 from qat.cli.evaluation import model_items
@@ -21,7 +22,6 @@ from qat.cli.trackers import finish, trackers
 from qat.cost.count import cost
 from qat.cost.latency import LatencyTable
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.quantizers import ObserverFactory
 from qat.search import pmq
 from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, hull, totals

@@ -4,6 +4,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
 from qat import checkpoint as files
+from qat.card import card_of
 from qat.cli.arguments import add_patchwise_argument, add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, show
 from qat.cli.evaluation import evaluate, patchwise_as_asked
@@ -72,7 +73,7 @@ def _require_same_model(session: Session, model: nn.Module) -> None:
     settings, path = session.config.model, session.config.ckpt_path
     if settings.plan is not None:
         wanted = session.plan().to_list()
-        conversion = getattr(model, "conversion", None)
+        conversion = card_of(model).conversion
         found = None if conversion is None else conversion.plan.to_list()
         if wanted != found:
             holds = "a float model" if found is None else "one with another plan"
@@ -81,9 +82,9 @@ def _require_same_model(session: Session, model: nn.Module) -> None:
                 "the checkpoint that this recipe trained, or its own recipe"
             )
     if settings.model is not None:
-        recipe = session.changed({"model.plan": None}).model().recipe
-        if recipe != model.recipe:
+        wanted = card_of(session.changed({"model.plan": None}).model()).recipe
+        if wanted != (found := card_of(model).recipe):
             raise ValueError(
-                f"the recipe builds {recipe}, but checkpoint '{path}' holds "
-                f"{model.recipe}; name the checkpoint that this recipe trained"
+                f"the recipe builds {wanted}, but checkpoint '{path}' holds "
+                f"{found}; name the checkpoint that this recipe trained"
             )

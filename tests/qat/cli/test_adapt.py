@@ -169,7 +169,7 @@ def test_protocol_that_resets_starts_the_method_anew(tmp_path: Path) -> None:
     images = Generated(digits("test"), "cifar")
     starts = []
     for protocol in (ResetEachShift(CORRUPTIONS), Continual(CORRUPTIONS)):
-        stream = Stream(images, protocol, shared().preprocessing, 10, num_images=20)  # type: ignore[arg-type]
+        stream = Stream(images, protocol, shared().card.preprocessing, 10, num_images=20)  # type: ignore[arg-type]
         folder = tmp_path / type(protocol).__name__
         folder.mkdir()
         found = _adaptation(folder, "tent", stream)
@@ -226,7 +226,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
 def _stream(source: Source | None = None, num_images: int | None = 60) -> Stream:
     images = Generated(source or digits("test"), "cifar")
     protocol = Continual(CORRUPTIONS)
-    return Stream(images, protocol, shared().preprocessing, 10, num_images=num_images)  # type: ignore[arg-type]
+    return Stream(images, protocol, shared().card.preprocessing, 10, num_images=num_images)  # type: ignore[arg-type]
 
 
 def _adaptation(folder: Path, name: str = "cotta", stream: Stream | None = None) -> Adaptation:

@@ -52,7 +52,7 @@ def deit_small() -> nn.Module:
 
 def of_preprocessing(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
     """`model` with the input size that `cost` asks for."""
-    model.preprocessing = Preprocessing(size, (0.5,), (0.5,), "bicubic", 1.0, "center")  # type: ignore[assignment]
+    qat.adopt(model, preprocessing=Preprocessing(size, (0.5,), (0.5,), "bicubic", 1.0, "center"))
     return model
 
 
@@ -305,7 +305,7 @@ def test_counting_leaves_the_model_untouched(
 
 
 def test_model_without_preprocessing_is_refused() -> None:
-    with pytest.raises(ValueError, match="carries no preprocessing"):
+    with pytest.raises(ValueError, match="the model has no card"):
         cost(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from qat.card import expected_by
 from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
 from qat.data.sources import digits, subset
 from qat.lightning.data import VisionData
-from qat.preprocessing import Preprocessing, expected_by
+from qat.preprocessing import Preprocessing
 
 GREY = Preprocessing((1, 8, 8), (0.5,), (0.5,), "bicubic", 1.0, "center")
 AUGMENT = {"scale": [0.5, 1.0], "hflip": 0.5, "color_jitter": 0.0}

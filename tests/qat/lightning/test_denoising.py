@@ -10,11 +10,11 @@ import yaml
 from PIL import Image
 
 import qat
+from qat.card import expected_by
 from qat.data.sources import digits
 from qat.diffusion.judge import judge
 from qat.lightning.data import VisionData
 from qat.lightning.denoising import Denoising, NoisePrediction
-from qat.preprocessing import expected_by
 from qat.quantizers import Phase, quantizers
 from qat.train.losses import Objective
 from tests import runs

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import qat
 from binaryvit.grs import GRS, DistancePull, constant
 from binaryvit.quantizers import BinaryWeight
+from qat.card import amend, expected_by
 from qat.checkpoint import MANIFEST, digest, read
 from qat.data.sources import digits, subset
 from qat.journal import Journal
@@ -24,7 +25,6 @@ from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
 from qat.lightning.training import parameter_groups
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.quantizers import Phase, quantizers
 from qat.train.losses import Objective
 from tests import runs
@@ -387,9 +387,8 @@ def test_student_of_another_task_than_the_teacher_is_refused(what: str, saved: s
         model.reset_classifier(7)
     else:
         other = {"crop_pct": 1.0, "mean": (0.4,), "std": (0.5,)}
-        model.preprocessing = qat.timm_model(
-            "vit_tiny_patch16_224", img_size=8, in_chans=1, data_config=other
-        ).preprocessing
+        other = qat.timm_model("vit_tiny_patch16_224", img_size=8, in_chans=1, data_config=other)
+        amend(model, preprocessing=expected_by(other))
     with pytest.raises(ValueError, match=f"model and teacher disagree on {what}"):
         Distillation(model, teacher=saved, objective=SOFT)
 

@@ -210,7 +210,7 @@ def test_cotta_can_train_every_weight_of_a_quantized_model_but_no_quantizer() ->
 
 
 def test_views_are_keyed_differ_and_stay_images() -> None:
-    images, preprocessing = torch.cat(noisy()[:4]), shared().preprocessing
+    images, preprocessing = torch.cat(noisy()[:4]), shared().card.preprocessing
     first, second, other = (
         view(images, preprocessing, torch.Generator().manual_seed(s))
         for s in (1, 1, 2)  # type: ignore[arg-type]

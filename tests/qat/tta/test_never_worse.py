@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qat.card import expected_by
 from qat.cli.stream_scores import Scores
 from qat.data.corrupted import Generated
 from qat.data.protocols import (
@@ -21,7 +22,6 @@ from qat.data.protocols import (
 from qat.data.sources import digits
 from qat.data.streams import Stream
 from qat.models import num_classes_of
-from qat.preprocessing import expected_by
 from qat.tta import SGD, Adapter, Guard, Source
 from tests.qat.tta.common import GRADIENT, METHODS, clean, shared
 

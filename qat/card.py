@@ -1,0 +1,100 @@
+"""The card of a model: one value that says what the weights alone do not.
+
+It stays with the model through copies, pickles and `to(...)`, and a checkpoint holds it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.plan import Plan
+from qat.preprocessing import Preprocessing
+from qat.quantizers import QuantizerFactory
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `qat.convert_` did, enough to do it again.
+
+    Attributes:
+        plan: The plan.
+        make_quantizer: The factory.
+        handlers: Type to handler.
+        kept: For each layer and product left in float, by plan name, the reason.
+    """
+
+    plan: Plan
+    make_quantizer: QuantizerFactory
+    handlers: Mapping[type, Any]
+    kept: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """How a model is built, fed and converted.
+
+    Attributes:
+        recipe: How the float model is built, as plain data: arguments of `qat.timm_model`, or
+            `class_path` and `init_args` of a builder; None where nobody said.
+        preprocessing: What its images have gone through; None where that is not known.
+        class_names: Names of its classes, in the order of its outputs.
+        conversion: How it was converted; None for a float model.
+        dtype: Type of its floating-point weights, as `card_of` finds them.
+    """
+
+    recipe: Mapping[str, Any] | None = None
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] | None = None
+    conversion: Conversion | None = None
+    dtype: torch.dtype = torch.float32
+
+
+def card_of(model: nn.Module) -> Card:
+    """The card of a model.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    card = getattr(model, "card", None)
+    if not isinstance(card, Card):
+        raise ValueError(
+            "the model has no card, which says how it is built and what its images are like; build "
+            "it with qat.timm_model(name, ...), or give any model one with qat.adopt(model, ...)"
+        )
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return replace(card, dtype=next(floating, card.dtype))
+
+
+def amend(model: nn.Module, **fields: Any) -> None:
+    """Set fields of the model's card; a model without a card gets one."""
+    model.card = replace(getattr(model, "card", Card()), **fields)  # type: ignore[assignment]
+
+
+def conversion_of(model: nn.Module) -> Conversion:
+    """How the model was converted.
+
+    Raises:
+        ValueError: If it was not.
+    """
+    conversion = card_of(model).conversion
+    if conversion is None:
+        raise ValueError("the model is a float model; quantize it first, with qat.convert_")
+    return conversion
+
+
+def expected_by(model: nn.Module) -> Preprocessing:
+    """The preprocessing that a model expects.
+
+    Raises:
+        ValueError: If its card does not say.
+    """
+    preprocessing = card_of(model).preprocessing
+    if preprocessing is None:
+        raise ValueError(
+            "the model's card says nothing about its images; give it their size, mean and std with "
+            "qat.adopt(model, preprocessing=...)"
+        )
+    return preprocessing
