@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from qat.documents import read_yaml
 from qat.spec import Granularity, Operand, QuantSpec
 
 OPERANDS = tuple(operand.value for operand in Operand)
@@ -191,12 +192,14 @@ class Plan:
             ValueError: If the file is missing, is no YAML or is no plan.
         """
         try:
-            return Plan.from_list(yaml.safe_load(Path(path).read_text()))
+            items = read_yaml(Path(path), "plan file")
         except FileNotFoundError:
             raise ValueError(
                 f"no plan file '{path}'; w4a4 is the uniform plan, others are in configs/plans/"
             ) from None
-        except (ValueError, yaml.YAMLError) as error:
+        try:
+            return Plan.from_list(items)
+        except ValueError as error:
             raise ValueError(f"plan file '{path}': {error}") from None
 
     def save(self, path: str | Path) -> None:

@@ -25,6 +25,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] - public
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat.documents import read_yaml
 from qat.plan import nearest
 
 PATHS = frozenset({"base", "plan", "root", "path", "teacher", "teacher_config", "judge_config"})
@@ -82,11 +83,9 @@ def compose(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise ValueError(f"recipe '{path}' builds on itself")
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = read_yaml(path, "recipe")
     except FileNotFoundError:
         raise ValueError(f"no recipe '{path}'{_hint(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe '{path}' is no YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe '{path}' must be a mapping, got {type(recipe).__name__}")
     if isinstance(grid := recipe.get("grid"), dict):
