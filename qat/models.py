@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import timm
@@ -51,6 +52,10 @@ def timm_model(
         overlay["input_size"] = (in_chans, img_size, img_size)
     elif in_chans != 3:
         raise ValueError(f"in_chans is {in_chans}: state img_size as well")
+    if in_chans != 3:
+        config = get_pretrained_cfg(name)
+        for key in ("mean", "std"):  # a channel gets the mean of those that timm states
+            overlay.setdefault(key, (fmean(getattr(config, key)),) * in_chans)
     arguments = dict(model_args or {})
     if img_size is not None:
         arguments["img_size"] = img_size

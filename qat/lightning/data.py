@@ -8,8 +8,10 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from qat.card import expected_by
 from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
 from qat.data.sources import Source, subset
+from qat.models import num_classes_of
 from qat.preprocessing import Preprocessing, check_transform
 
 
@@ -62,6 +64,12 @@ class VisionData(LightningDataModule):
         self.forced = {"mean": mean, "std": std, "interpolation": interpolation}
         self.img_size = img_size
         self.expected: Preprocessing | None = None
+
+    def setup(self, stage: str) -> None:
+        """Follow the model of the trainer's module, where nobody has attached another."""
+        module = getattr(self.trainer, "lightning_module", None)
+        if self.expected is None and module is not None:
+            self.attach(expected_by(module.model), num_classes_of(module.model))
 
     def attach(self, preprocessing: Preprocessing, num_classes: int) -> None:
         """Follow a model's preprocessing.

@@ -34,6 +34,7 @@ class Distillation(Training):
         lr_scheduler: Called with the optimizer and the number of its steps, stepped after each;
             None keeps the learning rate.
         regularizer: Acts on latent weights beside the loss, such as `binaryvit.grs.GRS`.
+        compile: Whether `torch.compile` speeds up the model, and its teacher, while it trains.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Distillation(Training):
         optimizer: MakeOptimizer = torch.optim.AdamW,
         lr_scheduler: MakeSchedule | None = None,
         regularizer: Regularizer | None = None,
+        compile: bool = False,
     ) -> None:
         teacher_model = None if teacher is None else files.load(teacher)
         if objective.needs_teacher and teacher_model is None:
@@ -65,6 +67,7 @@ class Distillation(Training):
             optimizer,
             lr_scheduler,
             regularizer,
+            compile,
         )
         self.objective = objective
         # In a list, so that the teacher is no part of this module's parameters and checkpoints.

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qat import checkpoint as files
 from qat.calibrate import calibrate
+from qat.component import describe
 from qat.convert import Conversion, convert_
 from qat.journal import Journal, NoJournal
 from qat.plan import Plan, load_plan
@@ -41,6 +42,7 @@ class Training(LightningModule):
         lr_scheduler: Called with the optimizer and the number of its steps, stepped after each;
             None keeps the learning rate.
         regularizer: Acts on latent weights beside the loss.
+        compile: Whether `torch.compile` speeds up the model, and its teacher, while it trains.
     """
 
     def __init__(
@@ -54,13 +56,19 @@ class Training(LightningModule):
         optimizer: MakeOptimizer = torch.optim.AdamW,
         lr_scheduler: MakeSchedule | None = None,
         regularizer: Regularizer | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        named = {"quantizer": quantizer, "convert": convert, "initialise": initialise}
+        said = {"checkpoint": checkpoint, "plan": plan, "compile": compile}
+        said |= {key: _named_or_shown(value) for key, value in named.items()}
+        self.save_hyperparameters(said, logger=False)
         self.model = converted(model, checkpoint, plan, quantizer, convert)
         self.initialise = initialise
         self.journal: Journal = NoJournal()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.regularizer = regularizer
+        self.compiles = compile
         self._rng_state: Tensor | None = None
 
     @property
@@ -91,9 +99,8 @@ class Training(LightningModule):
         they are the first training images, at least `NUM_CALIBRATION`.
         """
         source = getattr(self.trainer, "datamodule", None)
-        if hasattr(source, "calibration_batches"):
-            return source.calibration_batches()
-        return self._first_images()
+        own = getattr(source, "calibration_batches", None)
+        return self._first_images() if own is None else own()
 
     def _first_images(self) -> Iterator[Tensor]:
         self.trainer.fit_loop.setup_data()
@@ -111,6 +118,9 @@ class Training(LightningModule):
         if fresh:
             batches = (self._here(batch) for batch in self.calibration_batches())
             self.initialise(self.model, batches, self.journal)
+        if self.compiles:
+            for model in filter(None, (self.model, self.teacher)):
+                model.compile()  # in place: names in checkpoints stay as they are
         self.model.train()  # Lightning keeps the mode it finds, and a loaded model is in eval
 
     def on_train_start(self) -> None:
@@ -206,6 +216,14 @@ def converted(
 def plan_for(quantizer: Factory | QuantizerFactory, plan: str | list[dict[str, Any]]) -> Plan:
     """The plan of a recipe; `w4a4` means the uniform plan that suits the quantizer."""
     return load_plan(plan, getattr(quantizer, "has_zero_point", True))
+
+
+def _named_or_shown(value: Any) -> Any:
+    """A callable as plain data: by its name where it has one, else as Python shows it."""
+    try:
+        return describe(value)
+    except ValueError:
+        return repr(value)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
