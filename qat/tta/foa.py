@@ -13,8 +13,7 @@ No gradient, so quantizers need none. Deviations: CMA-ES is the separable one; c
 from the calibration images. Provenance: the paper's text and the authors' code, commit 004b02d.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,25 +124,21 @@ def _run(
     tokens: list[Tensor] = []
     feature: list[Tensor] = []
 
-    @contextmanager
-    def hooks(model: Any) -> Iterator[None]:
-        def insert(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if prompts is None:
-                return None
-            x = inputs[0]
-            added = repeat(prompts, "1 k d -> n k d", n=len(x))
-            return (torch.cat((x[:, :1], added, x[:, 1:]), 1),)
+    def insert(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if prompts is None:
+            return None
+        x = inputs[0]
+        added = repeat(prompts, "1 k d -> n k d", n=len(x))
+        return (torch.cat((x[:, :1], added, x[:, 1:]), 1),)
 
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            tokens.append(output[:, 0])
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        tokens.append(output[:, 0])
 
-        with ExitStack() as stack:
-            stack.enter_context(classifier_input(model, feature))
-            handles = [model.blocks[0].register_forward_pre_hook(insert)]
-            handles += [block.register_forward_hook(keep) for block in model.blocks]
-            for handle in handles:
-                stack.callback(handle.remove)
-            yield
+    def hooks(model: Any) -> None:
+        classifier_input(model, feature)
+        model.blocks[0].register_forward_pre_hook(insert)
+        for block in model.blocks:
+            block.register_forward_hook(keep)
 
     logits = on(on.flat(), images, hooks)
     return logits, torch.stack(tokens), feature[0].float()

@@ -12,8 +12,7 @@ The variant with a Gaussian affinity gives NaN on a single image, or on equal on
 Provenance: the authors' code (repository fiveai/LAME).
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,15 +55,10 @@ class LAME(Method):
             return Step(self.predict(on, state, images), state, num_forward=len(images))
 
 
-@contextmanager
-def classifier_input(model: Any, found: list[Tensor]) -> Iterator[None]:
-    """Leave what the classifier of a timm model is given in a list."""
+def classifier_input(model: Any, found: list[Tensor]) -> None:
+    """Hook that leaves what the classifier of a timm model is given in a list."""
     classifier: nn.Module = model.get_classifier()
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
 
 
 def nearest(features: Float[Tensor, "n d"], neighbours: int) -> Float[Tensor, "n n"]:

@@ -4,8 +4,7 @@ The official suites pick layers by name (`blocks.9`, `layer4`) or by one class, 
 nothing, or other layers than meant, on a model that names them otherwise.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,18 +111,10 @@ class BatchStatistics:
     variances: Mapping[str, Tensor] | None = None
     seen: dict[str, tuple[Tensor, Tensor]] | None = None
 
-    @contextmanager
-    def __call__(self, model: nn.Module) -> Iterator[None]:
-        """The hooks, for the length of a forward pass."""
-        handles = [
+    def __call__(self, model: nn.Module) -> None:
+        """Put the hooks on a model."""
+        for name, layer in batch_norms(model).items():
             layer.register_forward_pre_hook(self._mover(name))
-            for name, layer in batch_norms(model).items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _mover(self, name: str) -> Any:
         def move(layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

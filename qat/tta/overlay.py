@@ -1,44 +1,40 @@
-"""Adapted parameters laid over a frozen model, so that several streams can share it.
+"""Adapted parameters laid over a model, so that several streams can share it.
 
-A method never writes into the model. It keeps its parameters as one flat vector; for the length of
-a forward pass they stand in for the model's own, and gradients flow to the vector.
+A method never writes into the model. It keeps its parameters as one flat vector; each forward pass
+runs in a copy of the tree of modules, which holds views of that vector in the place of the model's
+own parameters and shares everything else with the model. So streams in any number of threads need
+no turns, and whoever uses the model meanwhile finds it as it is. Gradients flow to the vector.
 """
 
-import threading
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-_LOCKS: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Mappings of a module that a hook put on its copy goes into."""
+Hooks = Callable[[nn.Module], None]
+"""Puts hooks on the copy in which a forward pass runs."""
 
-Hooks = Callable[[nn.Module], AbstractContextManager[None]]
-"""Puts hooks on a model for the length of a forward pass."""
 
-
-def no_hooks(model: nn.Module) -> AbstractContextManager[None]:
-    """Leaves the model as it is."""
-    return nullcontext()
+def no_hooks(model: nn.Module) -> None:
+    """Leaves the copy as it is."""
 
 
 class Overlay:
     """Some parameters of a model as one flat vector.
 
     Args:
-        model: The model; it is frozen: evaluation mode, no gradients to its own parameters.
+        model: The model; it is run in evaluation mode, without gradients to its own parameters.
         names: Names of the parameters that are adapted; none is legal.
 
     Raises:
-        ValueError: If a parameter is not in floating point, or does not exist.
+        ValueError: If a parameter does not exist.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.lock = _LOCKS.setdefault(model, threading.RLock())
+        self.model = model
         found = dict(model.named_parameters())
         self.names = tuple(names)
         if missing := [name for name in self.names if name not in found]:
@@ -52,8 +48,7 @@ class Overlay:
 
     def flat(self) -> Float[Tensor, " p"]:
         """A copy of the model's own values."""
-        found = dict(self.model.named_parameters())
-        values = [found[name].detach().flatten() for name in self.names]
+        values = [self.model.get_parameter(name).detach().flatten() for name in self.names]
         return torch.cat(values) if values else self.like.new_zeros(0)
 
     def named(self, flat: Float[Tensor, " p"]) -> dict[str, Tensor]:
@@ -67,9 +62,34 @@ class Overlay:
     def __call__(
         self, flat: Float[Tensor, " p"], images: Tensor, hooks: Hooks = no_hooks
     ) -> Float[Tensor, "n c"]:
-        """Logits of the model with these values in place of its own.
+        """Logits of the model with these values in place of its own."""
+        values = self.named(flat)
+        laid = {id(self.model.get_parameter(name)): value for name, value in values.items()}
+        copy = copied(self.model, laid, {})
+        hooks(copy)
+        return copy(images).float()
 
-        Streams in several threads take turns; the backward pass needs no turn.
-        """
-        with self.lock, hooks(self.model):
-            return functional_call(self.model, self.named(flat), (images,)).float()
+
+def copied(module: nn.Module, laid: Mapping[int, Tensor], seen: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module and those within it, in evaluation mode; no tensor is copied.
+
+    Args:
+        module: The module.
+        laid: Tensors that stand in for parameters, by their `id`. Other parameters are detached.
+        seen: The copies made so far, by the `id` of what they are of.
+    """
+    if id(module) not in seen:
+        seen[id(module)] = copy = object.__new__(type(module))
+        content = module.__dict__ | {"training": False}
+        for name in HOOKS:
+            content[name] = content[name].copy()
+        content["_parameters"] = {
+            name: own if own is None else laid[id(own)] if id(own) in laid else own.detach()
+            for name, own in module._parameters.items()
+        }
+        content["_modules"] = {
+            name: child if child is None else copied(child, laid, seen)
+            for name, child in module._modules.items()
+        }
+        copy.__dict__ = content
+    return seen[id(module)]
