@@ -2,11 +2,15 @@
 
 from collections import deque
 from collections.abc import Hashable
+from copy import deepcopy
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from qat.models import num_classes_of
 from qat.tta.adapter import Adapter
-from qat.tta.answer import Answer
+from qat.tta.answer import Answer, Outcome, Refused
 
 
 class Desk:
@@ -28,30 +32,47 @@ class Desk:
             )
         self.adapter = adapter
         self.capacity, self.patience = capacity, patience
-        self.waiting: deque[tuple[Hashable, Tensor]] = deque()
+        self.waiting: deque[tuple[Hashable, Any]] = deque()
         self.num_declined = 0
 
-    def take(self, ticket: Hashable, images: Tensor) -> bool:
-        """Put a batch into the queue; False, and counted, if the queue is full.
+    def take(self, ticket: Hashable, images: Any) -> bool:
+        """Put a copy of a batch into the queue; False, and counted, if the queue is full.
 
         Args:
             ticket: What the answer is returned with.
-            images: The batch.
+            images: The batch; whoever gave it may fill it anew.
         """
         if len(self.waiting) == self.capacity:
             self.num_declined += 1
             return False
-        self.waiting.append((ticket, images))
+        own = images.detach().clone() if isinstance(images, Tensor) else deepcopy(images)
+        self.waiting.append((ticket, own))
         return True
 
     def answer(self) -> tuple[Hashable, Answer] | None:
         """Answer the batch that waits longest; None if none waits.
 
-        Raises:
-            Refused: If it is no batch of images; it has left the queue then.
+        A batch that is refused as a whole, or that answering fails on, gets an answer too: rows of
+        NaN, and the reason. An interrupt leaves the batch in its place.
         """
         if not self.waiting:
             return None
         ticket, images = self.waiting.popleft()
         hurry = len(self.waiting) > self.patience
-        return ticket, self.adapter.adapt(images, hurry=hurry)
+        try:
+            return ticket, self.adapter.adapt(images, hurry=hurry)
+        except Exception as error:  # whatever fails, a ticket has its answer
+            return ticket, self._failure(images, error)
+        except BaseException:
+            self.waiting.appendleft((ticket, images))
+            raise
+
+    def _failure(self, images: Any, error: Exception) -> Answer:
+        """What stands for an answer that there is not, a row for each of the images."""
+        size = len(images) if isinstance(images, Tensor) and images.ndim else 0
+        logits = torch.full((size, num_classes_of(self.adapter.on.model)), torch.nan)
+        refused = isinstance(error, Refused)
+        why = error.code if refused else "unanswerable"
+        outcome = Outcome.SKIPPED if refused else Outcome.ROLLED_BACK
+        reason = str(error) if refused else f"{type(error).__name__}: {error}"
+        return Answer(logits, (why,) * size, outcome, reason)
