@@ -66,9 +66,8 @@ class BinaryWeight(Quantizer):
         """Binary weights; the clipped straight-through estimator backward."""
         return ops.binarize_weight(x, self.latent(x), self.scale_of(x))
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """-1 and +1, with the scale of each output channel."""
-        x = x.detach()
         return Codes(ops.sign(self.latent(x)).to(torch.int8), self.scale_of(x))
 
     def boundary_distance(self, x: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ class BinaryActivation(Quantizer):
         return ops.binarize_activation(self.shift(x))
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """-1 and +1."""
         return Codes(ops.sign(self.shift(x)).to(torch.int8), x.new_ones(()))
 
@@ -166,10 +165,10 @@ class BinaryAttentionMap(Quantizer):
         """Values 0 and s."""
         return fake_quantize(x, self.scale.abs(), None, 0, 1)
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """0 and 1, with s."""
         scale = self.scale.detach().abs()
-        return Codes(quantize(x.detach(), scale, None, 0, 1).to(torch.uint8), scale)
+        return Codes(quantize(x, scale, None, 0, 1).to(torch.uint8), scale)
 
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to s / 2, in units of s."""

@@ -226,7 +226,7 @@ class PatchQuantizer(Quantizer):
 
     forget = freeze
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """Refused: the codes of a tensor with two grids are no single table."""
         raise NotImplementedError("patch-wise bits act at inference; export the model without them")
 

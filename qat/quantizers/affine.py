@@ -74,7 +74,7 @@ class Affine(Quantizer):
         spec, offset = self.spec, self._offset()
         return ops.fake_quantize(x, self.scale, offset, spec.qmin, spec.qmax, self.grad_factor)
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """Codes of `x` with scale and zero point.
 
         Raises:
@@ -87,7 +87,7 @@ class Affine(Quantizer):
                 f"the zero point of the {self.operand} is a fraction, so its codes are no "
                 "integers; initialise with ptq_init.repq_vit.RepQViT(mode='paper'), which rounds it"
             )
-        values = ops.quantize(x.detach(), scale, offset, spec.qmin, spec.qmax)
+        values = ops.quantize(x, scale, offset, spec.qmin, spec.qmax)
         return Codes(values.to(ops.code_dtype(spec.qmin, spec.qmax)), scale, offset)
 
     def boundary_distance(self, x: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ state exists, with its final shape, when the constructor returns.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import reduce
 from typing import ClassVar, final
 
 import torch
@@ -36,12 +37,20 @@ class Codes:
         table: Real value of each code, for a grid whose steps differ; then `scale` is its largest
             value and there is no zero point. One row for all values, or (rows, codes) for a table
             for each index of the first axis.
+        dtype: That of the tensor, which `Quantizer.dequantize` gives back.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
     table: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def wide(self, dtype: torch.dtype) -> "Codes":
+        """The codes of a tensor of a dtype, mapped back in its arithmetic: of 32 bits or more."""
+        parts = {"scale": self.scale, "zero_point": self.zero_point, "table": self.table}
+        kept = {name: _wide(part, dtype) for name, part in parts.items() if part is not None}
+        return replace(self, **kept, dtype=dtype)
 
 
 class Quantizer(nn.Module, ABC):
@@ -106,10 +115,20 @@ class Quantizer(nn.Module, ABC):
         """Values of `x` on the grid, differentiable by the quantizer's surrogate gradient."""
 
     @abstractmethod
-    def codes(self, x: Tensor) -> Codes:
-        """Integer codes of `x`; `dequantize(codes(x))` equals `fake_quantize(x)` bit for bit."""
+    def encode(self, x: Tensor) -> Codes:
+        """Integer codes of `x`, as `codes` but of values that are wide and without gradient."""
 
+    @final
+    def codes(self, x: Tensor) -> Codes:
+        """Integer codes of `x`; `dequantize(codes(x))` equals the quantized `x` bit for bit."""
+        return self.encode(_wide(x.detach())).wide(x.dtype)
+
+    @final
     def dequantize(self, codes: Codes) -> Tensor:
+        """Real values of integer codes, in the dtype of what they are of."""
+        return self.decode(codes).to(codes.dtype)
+
+    def decode(self, codes: Codes) -> Tensor:
         """Real values of integer codes. Grids of another form override this."""
         if codes.table is not None:
             return look_up(codes.values, codes.table)
@@ -154,8 +173,9 @@ class Quantizer(nn.Module, ABC):
         return f"{self.operand}, {self.spec.bits} bit {sign}, {self.spec.granularity}, {self.phase}"
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide(x: Tensor, other: torch.dtype = torch.float32) -> Tensor:
+    """`x` with at least 32 bits, and at least those of another dtype."""
+    return x.to(reduce(torch.promote_types, (x.dtype, other, torch.float32)))
 
 
 QuantizerFactory = Callable[[QuantSpec, tuple[int, ...], Operand], Quantizer]

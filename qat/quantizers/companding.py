@@ -68,7 +68,7 @@ class Companding(Quantizer):
         scale = self.scale
         return ops.table_quantize(x, scale, self._codes(x), self.levels(), self.grad_factor)
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """Codes of `x` and the table of their values."""
         scale = self.scale.detach()
         values = self._codes(x).to(ops.code_dtype(0, self.num_codes - 1))

@@ -58,10 +58,10 @@ class DynamicToken(Quantizer):
         codes = ops.quantize(x.detach(), scale, None, spec.qmin, spec.qmax)
         return ops.straight_through(x, codes.mul_(scale))
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """Codes, and the scale of each token."""
         scale = self._scale(x)
-        values = ops.quantize(x.detach(), scale, None, self.spec.qmin, self.spec.qmax)
+        values = ops.quantize(x, scale, None, self.spec.qmin, self.spec.qmax)
         return Codes(values.to(ops.code_dtype(self.spec.qmin, self.spec.qmax)), scale)
 
     def boundary_distance(self, x: Tensor) -> Tensor:

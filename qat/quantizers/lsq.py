@@ -101,10 +101,10 @@ class LSQ(Quantizer):
         spec = self.spec
         return ops.fake_quantize(x, self._step(), None, spec.qmin, spec.qmax, self.grad_factor)
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """Codes of `x` with the scale."""
         spec, step = self.spec, self._step().detach()
-        values = ops.quantize(x.detach(), step, None, spec.qmin, spec.qmax)
+        values = ops.quantize(x, step, None, spec.qmin, spec.qmax)
         return Codes(values.to(ops.code_dtype(spec.qmin, spec.qmax)), step)
 
     def boundary_distance(self, x: Tensor) -> Tensor:

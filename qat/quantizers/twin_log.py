@@ -106,13 +106,13 @@ class TwinLog(Quantizer):
             largest = table.abs().amax(1).reshape(-1, *(1 for _ in x.shape[1:]))
         return ops.straight_through(x, out, x.detach().abs() <= largest)
 
-    def codes(self, x: Tensor) -> Codes:
+    def encode(self, x: Tensor) -> Codes:
         """Indices of `x` in the tables of its rows."""
         table = self.table()
-        values = self._indices(x.detach()).to(ops.code_dtype(0, self.num_codes - 1))
+        values = self._indices(x).to(ops.code_dtype(0, self.num_codes - 1))
         return Codes(values, table.abs().amax(1), table=table)
 
-    def dequantize(self, codes: Codes) -> Tensor:
+    def decode(self, codes: Codes) -> Tensor:
         """Levels of the indices."""
         assert codes.table is not None
         return self._values(codes.values, codes.table)

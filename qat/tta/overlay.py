@@ -7,6 +7,7 @@ no turns, and whoever uses the model meanwhile finds it as it is. Gradients flow
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,7 +81,7 @@ def copied(module: nn.Module, laid: Mapping[int, Tensor], seen: dict[int, nn.Mod
     """
     if id(module) not in seen:
         seen[id(module)] = copy = object.__new__(type(module))
-        content = module.__dict__ | {"training": False}
+        content: dict[str, Any] = module.__dict__ | {"training": False}
         for name in HOOKS:
             content[name] = content[name].copy()
         content["_parameters"] = {

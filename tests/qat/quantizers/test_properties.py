@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from torch import Tensor
 
 from binaryvit.quantizers import BinaryActivation, BinaryAttentionMap, BinaryWeight
@@ -201,6 +201,22 @@ def test_codes_lie_on_the_grid(case: Case, seen: Tensor, x: Tensor) -> None:
 def test_dequantized_codes_equal_fake_quantize(case: Case, seen: Tensor, x: Tensor) -> None:
     quantizer, x = case.frozen(case.tensor(seen)), case.tensor(x)
     assert torch.equal(quantizer.dequantize(quantizer.codes(x)), quantizer(x))
+
+
+@every
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@settings(max_examples=3)
+@given(seen=matrices, x=matrices)
+def test_codes_and_forward_agree_in_every_dtype(
+    case: Case, dtype: torch.dtype, whole: bool, seen: Tensor, x: Tensor
+) -> None:
+    """Of a model in that dtype as a whole, and of one whose activations alone are in it."""
+    quantizer, x = case.frozen(case.tensor(seen)), case.tensor(x).to(dtype)
+    quantizer = quantizer.to(dtype) if whole else quantizer
+    expected = quantizer(x)
+    assume(expected.isfinite().all())  # a scale can be too small for float16
+    assert torch.equal(quantizer.dequantize(quantizer.codes(x)), expected)
 
 
 @pytest.mark.parametrize("case", [*INTEGER, *COMPANDED], ids=lambda case: case.name)
