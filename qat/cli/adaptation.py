@@ -171,6 +171,7 @@ class Adaptation:
             "n_reset": counts.reset,
             "n_unsaved": self.num_unsaved,
             "first_failure": self.first_failure,
+            **self._never_adapted(),
             "n_forward": counts.forward,
             "n_backward": counts.backward,
             "selected_share": counts.selected / images,
@@ -180,6 +181,19 @@ class Adaptation:
             "state_bytes": sum(value.nbytes for value in self.adapter.state.values()),
             **memory_items(self.adapter, self.bytes["adapted"], self.bytes["source"]),
         }
+
+    def _never_adapted(self) -> dict[str, str]:
+        """Why no batch of a method that adapts did so; nothing where one did."""
+        counts = self.adapter.counts
+        if counts.adapted or not self.adapter.method.adapts:
+            return {}
+        parts = {
+            f"rolled back ({self.first_failure})": counts.rolled_back,
+            "skipped, with nothing in them worth a step": counts.skipped,
+            "followed by a reset": counts.reset,
+        }
+        found = [f"{count} were {what}" for what, count in parts.items() if count]
+        return {"never_adapted": f"of {counts.position} batches {', '.join(found)}"}
 
 
 def memory_items(adapter: Adapter, peak: int, peak_source: int) -> dict[str, int | float]:

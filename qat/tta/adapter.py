@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat.card import expected_by
 from qat.models import num_classes_of
-from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered
+from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered, trainable
 from qat.tta.base import Method
 from qat.tta.guard import Guard
 from qat.tta.overlay import Overlay
@@ -69,6 +69,8 @@ class Counts:
 class Adapter:
     """A model that adapts to one stream; several may share the model.
 
+    It leaves `torch.inference_mode()` and `torch.no_grad()` by itself.
+
     Args:
         model: A model from `qat.timm_model`, float or quantized; it is frozen and not changed.
         method: How it adapts.
@@ -80,6 +82,7 @@ class Adapter:
         ValueError: If the method has nothing to adapt in this model, or lacks images.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -93,7 +96,8 @@ class Adapter:
         self.intake = Intake.of(expected_by(model))
         self.on = Overlay(model, method.parameters(model))
         self.own = self.on.flat()
-        state = with_part({}, "method", method.start(self.on, list(calibration)))
+        clean = [trainable(images) for images in calibration]
+        state = with_part({}, "method", method.start(self.on, clean))
         if guard is not None:
             state = with_part(state, "guard", guard.start(num_classes_of(model)))
         self.initial: State = at(self.on.like.device, state)
@@ -109,6 +113,7 @@ class Adapter:
         """What was done so far."""
         return self._now[1]
 
+    @torch.inference_mode(False)
     def adapt(self, images: Any, *, hurry: bool = False) -> Answer:
         """Answer a batch of images and adapt to it.
 

@@ -155,7 +155,7 @@ class Intake:
             raise Refused(
                 "device", f"images are on {images.device}, the model is on {like.device}; move them"
             )
-        return images.detach().to(like.dtype).contiguous()
+        return trainable(images.detach().to(like.dtype).contiguous())
 
     def refusals(self, images: Float[Tensor, "n c h w"]) -> tuple[str | None, ...]:
         """For each row why it is refused, None where it is taken in."""
@@ -171,6 +171,14 @@ class Intake:
         if magnitude > self.limit:
             return "magnitude"
         return None
+
+
+def trainable(images: Tensor) -> Tensor:
+    """The images; a copy where they come from `torch.inference_mode()`, which no gradient passes.
+
+    To be called outside of that mode.
+    """
+    return images.clone() if images.is_inference() else images
 
 
 def scattered(rows: Float[Tensor, "m c"], kept: Bool[Tensor, " n"]) -> Float[Tensor, "n c"]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qat.card import expected_by
 from qat.models import num_classes_of
 from qat.tta.answer import State
 from qat.tta.balance import Balance, Plain
@@ -37,8 +38,13 @@ class GradientMethod(Method):
         return norm_parameters(model)
 
     def start(self, on: Overlay, calibration: Iterable[Tensor]) -> State:
-        """The model's own parameters, and an optimizer and a balance that have seen nothing."""
+        """The model's own parameters, and an optimizer and a balance that have seen nothing.
+
+        Raises:
+            ValueError: If no gradient comes through the model, so that no batch could ever adapt.
+        """
         params = on.flat()
+        self.require_gradient(on)
         state: State = {"params": params}
         state = with_part(state, "optimizer", self.optimizer.start(params))
         balance = self.balance.start(num_classes_of(on.model))
@@ -48,6 +54,27 @@ class GradientMethod(Method):
         """Logits of the adapted model."""
         logits = on(state["params"], images, self.hooks(on, images))
         return self.balance.answer(part(state, "balance"), logits)
+
+    def require_gradient(self, on: Overlay) -> None:
+        """Try on two images of noise whether a gradient reaches the adapted parameters."""
+        size, generator = expected_by(on.model).input_size, torch.Generator().manual_seed(0)
+        images = torch.randn(2, *size, generator=generator).to(on.like)
+        params, hooks = on.flat().requires_grad_(), self.hooks(on, images)
+        try:
+            found = gradient(lambda: on(params, images, hooks).square().sum(), params).any()
+        except FloatingPointError:
+            return  # noise may be too much for a model that answers images
+        except RuntimeError as error:
+            found, reason = False, str(error).splitlines()[0]
+        else:
+            reason = "it is zero everywhere"
+        if not found:
+            raise ValueError(
+                f"no gradient reaches what {type(self).__name__} adapts, so no batch could adapt "
+                f"({reason[:160]}); switch gradient checkpointing off with "
+                "model.set_grad_checkpointing(False), load the model outside of "
+                "torch.inference_mode(), or use a method without gradients, such as qat.tta.FOA"
+            )
 
     def hooks(self, on: Overlay, images: Tensor) -> Hooks:
         """Hooks under which the model normalizes by the statistics of the batch."""

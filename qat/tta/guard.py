@@ -83,10 +83,11 @@ class Guard:
     pause: int = 8
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or min(self.window, self.probation, self.pause) < 1:
+        if self.weight <= 0 or min(self.window, self.probation, self.pause) < 1:
             raise ValueError(
-                "a guard needs a weight of at least 0 and a window, probation and pause of at "
-                f"least 1, got {self.weight}, {self.window}, {self.probation} and {self.pause}"
+                "a guard needs a weight above 0, or no adapted answer is ever heard, and a window, "
+                f"probation and pause of at least 1, got {self.weight}, {self.window}, "
+                f"{self.probation} and {self.pause}"
             )
         if self.margin <= 0 or self.diversity <= 0:
             raise ValueError(

@@ -40,6 +40,9 @@ class SGD(Optimizer):
     lr: float = 1e-3
     momentum: float = 0.9
 
+    def __post_init__(self) -> None:
+        require_rate(self.lr)
+
     def start(self, params: Float[Tensor, " p"]) -> State:
         """No direction."""
         return {"direction": torch.zeros_like(params)}
@@ -66,6 +69,9 @@ class Adam(Optimizer):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        require_rate(self.lr)
+
     def start(self, params: Float[Tensor, " p"]) -> State:
         """Zero moments."""
         zeros = torch.zeros_like(params)
@@ -81,3 +87,9 @@ class Adam(Optimizer):
         scale = (second / (1 - self.betas[1] ** steps)).sqrt() + self.eps
         update = first / (1 - self.betas[0] ** steps) / scale
         return params - self.lr * update, {"first": first, "second": second, "steps": steps}
+
+
+def require_rate(lr: float) -> None:
+    """Refuse a learning rate at which no parameter moves towards a lower loss."""
+    if not lr > 0:
+        raise ValueError(f"lr must be above 0, got {lr}; use qat.tta.Source to leave a model alone")

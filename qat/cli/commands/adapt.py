@@ -114,6 +114,7 @@ def run(session: Session) -> None:
     else:
         compare(session)
     console.print(f"run folder: {session.folder.path}")
+    say_what_never_adapted(session)
 
 
 def adapt(session: Session, shared: Path | None = None) -> None:
@@ -195,6 +196,15 @@ def compare(session: Session) -> None:
     table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
     items = session.items(first["device"])
     session.folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
+
+
+def say_what_never_adapted(session: Session) -> None:
+    """The last word on a run, or on choices of a grid, in which no batch adapted."""
+    items = session.folder.read_metrics()
+    for row in items["table"] if session.config.grid else [items]:
+        if reason := row.get("never_adapted"):
+            names = " ".join(str(row[axis]) for axis in session.config.grid or ())
+            console.print(f"{names} no batch adapted: {reason}".strip(), highlight=False)
 
 
 def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:

@@ -158,7 +158,7 @@ def test_sar_obeys_its_floor_and_one_collapse_is_one_reset() -> None:
     assert answer.outcome is Outcome.RESET and "below" in answer.reason
     assert above.state["method.loss"] == -1 and torch.equal(params(above), above.own)
     # A running loss far below the floor that is written back would cause a second reset.
-    low = Adapter(shared(), SAR(optimizer=SGD(lr=0.0), margin=0.9, floor=loss - 0.01))
+    low = Adapter(shared(), SAR(optimizer=SGD(lr=1e-12), margin=0.9, floor=loss - 0.01))
     state = low.state_dict()
     state["state"]["method.loss"] = torch.tensor(loss - 0.5)
     low.load_state_dict(state)
