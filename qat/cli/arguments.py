@@ -1,10 +1,13 @@
 """Arguments that several commands have."""
 
+from argparse import ArgumentTypeError
 from typing import Any
 
+import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 
+from qat.cli.recipe import RecipeFile
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
 from qat.lightning.tasks import Task
@@ -12,7 +15,10 @@ from qat.patchwise import PatchBits
 
 
 def add_run_arguments(parser: LightningArgumentParser) -> None:
-    """Arguments of every command that leaves a run folder."""
+    """Arguments of every command that runs a recipe."""
+    parser.add_argument(
+        "--config", action=RecipeFile, help="Recipe; may be given several times, later wins."
+    )
     parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run.")
     parser.add_argument("--seed_everything", type=int, default=0, help="Seed of everything.")
     parser.add_argument(
@@ -77,11 +83,32 @@ def add_patchwise_argument(parser: LightningArgumentParser) -> None:
     )
 
 
+def axes(value: Any) -> dict[str, Any]:
+    """The axes of a grid as plain data: what they name is parsed once it is laid over the recipe.
+
+    Raises:
+        ArgumentTypeError: If an axis is neither a list of recipes, nor recipes and settings by name.
+    """
+    found = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(found, dict) or not all(map(_is_axis, found.values())):
+        raise ArgumentTypeError(
+            "a grid is a mapping; each axis is a list of recipe files, or recipe files and "
+            "settings by name"
+        )
+    return found
+
+
+def _is_axis(axis: Any) -> bool:
+    if isinstance(axis, dict):
+        return all(isinstance(choice, str | dict) for choice in axis.values())
+    return isinstance(axis, list) and all(isinstance(choice, str) for choice in axis)
+
+
 def add_grid_argument(parser: LightningArgumentParser) -> None:
     """The argument of a command that goes through a grid of recipes."""
     parser.add_argument(
         "--grid",
-        type=dict[str, list[str] | dict[str, dict[str, Any] | str]] | None,
+        type=axes,
         default=None,
         help="Axes of choices, each a list of recipe files or settings by name; every combination "
         "is laid over the recipe and run.",

@@ -26,6 +26,7 @@ COMMANDS = {
     "alone",
     "plan": "print every layer, its bits, and predicted bytes, operations and memory; touches no "
     "data",
+    "reproduce": "run a row of the ledger of results again, and say whether its number still holds",
 }
 """What each command does; the module of its name in `qat.cli.commands` says how."""
 COMMAND, RECIPE = "fit", "default"
@@ -79,16 +80,11 @@ def make_parser(name: str) -> Any:
     """The parser of a command."""
     from pytorch_lightning.cli import LightningArgumentParser
 
-    from qat.cli.recipe import RecipeFile
-
     parser = LightningArgumentParser(
         prog=f"{PROGRAM} {name}",
         description=COMMANDS[name],
         exit_on_error=False,
         allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", action=RecipeFile, help="Recipe; may be given several times, later wins."
     )
     import_module(f"qat.cli.commands.{name}").add_arguments(parser)
     return parser

@@ -198,7 +198,7 @@ class Session:
 
 def _recipe_name(config: Namespace) -> str:
     """Name of the first recipe file, without folder and ending."""
-    paths = config.config or []
+    paths = config.get("config") or []
     return Path(str(paths[0])).stem if paths else "flags"
 
 

@@ -134,9 +134,8 @@ def test_choices_of_a_grid_are_files_or_settings_and_may_build_on_files(
 
 
 def test_sections_of_some_commands_are_those_of_their_parsers() -> None:
-    keys = [
-        {action.dest.split(".")[0] for action in make_parser(name)._actions} for name in COMMANDS
-    ]
+    known = [{a.dest.split(".")[0] for a in make_parser(name)._actions} for name in COMMANDS]
+    keys = [names for names in known if "config" in names]
     assert set.union(*keys) - set.intersection(*keys) == OF_SOME_COMMANDS
 
 
@@ -244,3 +243,20 @@ def test_file_of_the_user_goes_before_a_shipped_recipe(
 def test_misspelt_recipe_is_answered_by_the_shipped_one() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'ptq/imagenet_vit_tiny_w4a4_repq'\?"):
         load_recipe("ptq/imagenet_vit_tiny_w4a4_repqq")
+
+
+def test_settings_of_a_grid_stay_plain_data_until_they_are_laid_over_the_recipe() -> None:
+    """Parsed on their own they would take the defaults of components, which nobody asked for."""
+    parsed = make_parser("quantize").parse_args(["--config", "ptq/overview"])
+    assert parsed.grid == load_recipe("ptq/overview")["grid"]
+    assert parsed.grid["method"]["mgrq"]["model"]["quantizer"]["init_args"] == {
+        "attention": "qat.quantizers.TanQ"
+    }
+
+
+@pytest.mark.parametrize("grid", ["[a.yaml]", "{bits: a.yaml}", "{bits: [1]}", "{bits: {a: 4}}"])
+def test_grid_that_is_no_mapping_of_axes_is_refused(
+    grid: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "--config", "ptq/repq", "--grid", grid]) == 2
+    assert "a grid is a mapping" in capsys.readouterr().err
