@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, on a small model."""
+"""The Python of README and quickstart runs as it stands, on a small model."""
 
 import re
 from pathlib import Path
@@ -10,25 +10,54 @@ import torch
 import qat
 from qat.tta import Adapter
 from qat.tta.store import Store
+from tests import runs
 from tests.conftest import make_tiny_vit
 
-README = Path(__file__).parents[1] / "README.md"
+
+def _snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (runs.ROOT / page).read_text(), re.DOTALL)
 
 
-def test_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quantizing, adapting = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    batches = [torch.rand(4, 1, 8, 8) * 2 - 1 for _ in range(2)]
-    names: dict[str, Any] = {"batches": batches, "stream": batches}
-    tiny = make_tiny_vit().eval()
-    monkeypatch.setattr(qat, "timm_model", lambda *_, **__: tiny)
-    quantizing = quantizing.replace("configs/", f"{README.parent}/configs/")
+def _batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1 for _ in range(2)]
+
+
+def test_readme_is_short_and_its_sentences_are() -> None:
+    text = (runs.ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert len(text.splitlines()) <= 110
+    prose = re.sub(r"```.*?```|^(    |\||#|!|<).*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+    for sentence in re.split(r"(?<=[.!?:])\s+", prose):
+        assert len(sentence.split()) <= 25, sentence
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    pages = [runs.ROOT / "README.md", *(runs.ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_of_readme_and_quickstart_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (quantizing,) = _snippets("README.md")
+    adapting, adopting = _snippets("docs/quickstart.md")
+    names: dict[str, Any] = {"batches": _batches(), "stream": _batches()}
+    tiny = make_tiny_vit()
     monkeypatch.chdir(tmp_path)
-    exec(quantizing, names)
+    with monkeypatch.context() as patched:
+        patched.setattr(qat, "timm_model", lambda *_, **__: tiny)
+        exec(quantizing, names)
     exec(adapting, names)
     assert names["answer"].logits.shape == (4, 10)
     tensors, counts, problems = Store("stream", {"model": "model.ckpt"}).load()
     assert counts["images"] == 8 and problems == []
     resumed = Adapter(names["model"], names["adapter"].method, guard=names["adapter"].guard)
     resumed.load_state_dict({"state": tensors, "counts": counts})
-    again = resumed.adapt(batches[0]).logits
-    assert torch.equal(again, names["adapter"].adapt(batches[0]).logits)
+    again = resumed.adapt(_batches()[0]).logits
+    assert torch.equal(again, names["adapter"].adapt(_batches()[0]).logits)
+    names["model"] = make_tiny_vit()
+    exec(adopting, names)
+    assert names["model"](_batches()[0]).shape == (4, 10)

@@ -87,7 +87,7 @@ def axes(value: Any) -> dict[str, Any]:
     """The axes of a grid as plain data: what they name is parsed once it is laid over the recipe.
 
     Raises:
-        ArgumentTypeError: If an axis is neither a list of recipes, nor recipes and settings by name.
+        ArgumentTypeError: If an axis is no list of recipes, nor recipes and settings by name.
     """
     found = yaml.safe_load(value) if isinstance(value, str) else value
     if not isinstance(found, dict) or not all(map(_is_axis, found.values())):

@@ -258,5 +258,5 @@ def test_settings_of_a_grid_stay_plain_data_until_they_are_laid_over_the_recipe(
 def test_grid_that_is_no_mapping_of_axes_is_refused(
     grid: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["quantize", "--config", "ptq/repq", "--grid", grid]) == 2
+    assert main(["quantize", "--config", "ptq/imagenet_vit_tiny_w4a4_repq", "--grid", grid]) == 2
     assert "a grid is a mapping" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Writes docs/results.md and the table of README.md from the recorded runs of the ledger.
+
+python benchmarks/results.py
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qat.cli import ledger
+from qat.cli.ledger import Question, Row
+
+PAGE, README = ledger.ROOT / "docs" / "results.md", ledger.ROOT / "README.md"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+Run = dict[str, Any]
+HEAD = """# Results
+
+Written by `python benchmarks/results.py` from the [recorded runs](results/ledger.jsonl).
+`train.py reproduce NAME` runs a row again and says whether its number holds. A value is the mean
+of the recorded runs; the band is how far the next may lie from it.
+"""
+
+
+def page(questions: Iterable[Question], runs: list[Run]) -> str:
+    """The page of all questions."""
+    return "\n".join([HEAD, *(_section(question, runs) for question in questions)])
+
+
+def _section(question: Question, runs: list[Run]) -> str:
+    return f"## {question.question}\n\n{question.about}\n\n{table(question, runs)}"
+
+
+def table(question: Question, runs: list[Run]) -> str:
+    """A question's rows, each above the command that gives it."""
+    heads = ["", *question.columns.values(), "band", "runs", "command"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 2)}---|"]
+    lines += [_line(row, question, runs) for row in question.rows if _of(row, runs)]
+    return "\n".join([*lines, ""])
+
+
+def short_table(question: Question, runs: list[Run]) -> str:
+    """The same for the README, without bands."""
+    heads = ["", *question.columns.values()]
+    lines = [f"**{question.question}** {question.about}", ""]
+    lines += [f"| {' | '.join(heads)} | row |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
+    for row in question.rows:
+        if found := _of(row, runs):
+            cells = [row.label, *_cells(question, found), f"`{row.name}`"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _line(row: Row, question: Question, runs: list[Run]) -> str:
+    found = _of(row, runs)
+    band = f"{row.measure} ± {ledger.expected(row, runs).band:.3f}"
+    cells = [row.label, *_cells(question, found), band, str(len(found)), f"`{row.command}`"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _of(row: Row, runs: list[Run]) -> list[Run]:
+    return [run for run in runs if run["name"] == row.name]
+
+
+def _cells(question: Question, found: list[Run]) -> list[str]:
+    values = [[run["measures"][key] for run in found] for key in question.columns]
+    return [_shown(fmean(column)) for column in values]
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if value < 2 else f"{value:,.0f}"
+
+
+def with_table(text: str, shown: str) -> str:
+    """A text with its table replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{shown}\n{END}{after}"
+
+
+def write(page_path: Path = PAGE, readme: Path = README) -> None:
+    """Write both."""
+    questions, runs = ledger.questions(), ledger.runs()
+    page_path.write_text(page(questions, runs))
+    (shown,) = (short_table(question, runs) for question in questions if question.readme)
+    readme.write_text(with_table(readme.read_text(), shown))
+
+
+if __name__ == "__main__":
+    write()

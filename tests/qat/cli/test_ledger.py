@@ -1,0 +1,76 @@
+"""The ledger: every published number has a command, a band, and pages that say the same."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import results
+
+from qat.cli import ledger
+from qat.cli.ledger import Question, Row
+from qat.cli.recipe import load_recipe
+
+ROW = Row("digits", "LSQ", "fit --config qat/digits_w4a4_lsq", "top1", 0.01)
+QUESTION = Question("How good is it?", "On digits.", {"top1": "top-1"}, (ROW,))
+METRICS = {"seed": 0, "seconds": 1.0, "processor": "x", "torch_version": "2", "top1": 0.9}
+
+
+def _runs(*values: float) -> list[dict[str, Any]]:
+    return [{"name": "digits", "measures": {"top1": value}} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "band"),
+    [((0.9,), 0.01), ((0.9, 0.905), 0.01), ((0.90, 0.95), 0.05), ((0.9, 0.9, 0.9), 0.01)],
+)
+def test_band_is_the_largest_of_errors_spread_and_the_least_one(
+    values: tuple[float, ...], band: float
+) -> None:
+    found = ledger.expected(ROW, _runs(*values))
+    assert found.band == pytest.approx(band)
+    assert found.holds(found.value + 0.99 * band)
+    assert not found.holds(found.value - 1.01 * band)
+
+
+def test_row_without_a_run_and_row_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="no run of 'digits' is recorded"):
+        ledger.expected(ROW, [])
+    with pytest.raises(ValueError, match=r"no row 'digit'; did you mean 'digits'\?"):
+        ledger.row_named("digit", [QUESTION])
+
+
+def test_recorded_run_is_a_line_with_command_versions_and_measures(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    for _ in range(2):
+        ledger.record(ROW, QUESTION, METRICS, path)
+    first, second = ledger.runs(path)
+    assert first == second == json.loads(path.read_text().splitlines()[0])
+    assert first["measures"] == {"top1": 0.9} and first["command"] == ROW.command
+
+
+def test_every_row_names_recipes_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_ASSETS", "/assets")
+    names: list[str] = []
+    for question in ledger.questions():
+        for row in question.rows:
+            names.append(row.name)
+            words = row.command.split()
+            for flag, value in pairwise(words):
+                if flag == "--config":
+                    assert load_recipe(value)
+    assert len(names) == len(set(names))
+
+
+def test_pages_are_what_the_recorded_runs_give(tmp_path: Path) -> None:
+    page, readme = tmp_path / "results.md", tmp_path / "README.md"
+    readme.write_text(results.README.read_text())
+    results.write(page, readme)
+    assert page.read_text() == results.PAGE.read_text(), "run python benchmarks/results.py"
+    assert readme.read_text() == results.README.read_text(), "run python benchmarks/results.py"
+
+
+def test_table_of_the_readme_has_at_most_eight_rows() -> None:
+    for question in ledger.questions():
+        assert not question.readme or len(question.rows) <= 8
