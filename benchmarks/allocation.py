@@ -21,10 +21,8 @@ from sensitivity import unpack
 from torch import Tensor, nn
 
 from qat import convert_
-from qat.card import expected_by
 from qat.cli.main import open_session
 from qat.cost.count import cost
-from qat.models import num_classes_of
 from qat.plan import Plan
 from qat.quantizers import QuantizerFactory
 from qat.search import pmq
@@ -53,11 +51,11 @@ class Bench:
         self.session = session.changed({"model.plan": None})
         self.make: QuantizerFactory = session.model().card.conversion.make_quantizer
         module, data = self.session.module(), self.session.data()
-        data.attach(expected_by(module.model), num_classes_of(module.model))
+        data.follow(module.model)
         self.initialise, self.journal = module.initialise, module.journal
         # The first 32 judge metrics, the last 32 are the first draw, see benchmarks/sensitivity.py.
         self.images = torch.cat(data.calibration_batches())[32:64]
-        found = [(x, y) for (x, y), _ in zip(data.val_dataloader(), range(limit), strict=False)]
+        found = [(x, y) for (x, y, _), _ in zip(data.val_dataloader(), range(limit), strict=False)]
         self.batches, self.labels = [x for x, _ in found], torch.cat([y for _, y in found])
         self.exact = self.logits(module.model.eval())
 

@@ -5,13 +5,11 @@ from functools import cached_property
 from pathlib import Path
 
 import qat
-from qat.card import expected_by
 from qat.cli.commands.adapt import StreamSettings, make_stream
 from qat.cli.grid import named
 from qat.cli.main import open_session
 from qat.cli.recipe import Part, compose, load_recipe
 from qat.data.streams import StreamBatch
-from qat.models import num_classes_of
 from qat.plan import nearest
 from qat.tta import Adapter
 
@@ -38,7 +36,7 @@ class Bench:
         self.session = session.overlaid(load_recipe(*map(choice, parts or [])))
         self.model = qat.load(path)
         self.data = self.session.data()
-        self.data.attach(expected_by(self.model), num_classes_of(self.model))
+        self.data.follow(self.model)
         settings = StreamSettings(**self.session.section("stream"))
         self.stream = make_stream(replace(settings, **changes), self.data, self.model, seed)
 

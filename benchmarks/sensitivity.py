@@ -20,9 +20,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from qat.card import expected_by
 from qat.cli.main import open_session
-from qat.models import num_classes_of
 from qat.quantizers import PercentileMSE, quantizers
 from qat.quantizers.slots import Slot, slot_of
 from qat.search.metrics import (
@@ -78,7 +76,7 @@ def prepare(config: str, draws: int, draw: int) -> tuple[nn.Module, Tensor, list
     words = ("--data.num_calibration", str(32 * (draws + 2)), "--seed_everything", str(draw))
     session = open_session("quantize", "--config", config, *words)
     module, data = session.module(), session.data()
-    data.attach(expected_by(module.model), num_classes_of(module.model))
+    data.follow(module.model)
     judged, initial, *others = torch.cat(data.calibration_batches()).split(32)
     module.initialise(module.model, [initial], module.journal)
     return module.model, judged, others

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qat.cli.stream_scores import Scores
 from qat.cost.footprint import Footprint
+from qat.data.reading import Refusals
 from qat.data.streams import Stream, StreamBatch
 from qat.models import num_classes_of
 from qat.tta import Adapter, Answer
@@ -50,6 +51,7 @@ class Adaptation:
         self.bytes = {"adapted": 0, "source": 0}
         self.num_unsaved = 0
         self.first_failure = ""
+        self.refused = Refusals("it is refused and counts as wrong")
 
     def resume(self) -> list[str]:
         """Continue from the newest state that is whole; the table loses the rows after it.
@@ -96,6 +98,7 @@ class Adaptation:
     def _batch(self, batch: StreamBatch) -> dict[str, Any]:
         if batch.position in self.stream.restarts:
             self.adapter.reset()
+        self.refused.add(filter(None, batch.faults))
         images = batch.images.to(self.adapter.on.like.device)
         weigh = batch.position < WEIGHED
         source, seconds_source = self._measured("source", self.adapter.source, images, weigh)

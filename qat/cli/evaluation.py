@@ -7,12 +7,11 @@ from typing import Any
 from pytorch_lightning import Trainer
 from torch import nn
 
-from qat.card import expected_by
+from qat.card import card_of
 from qat.cli.session import Session
 from qat.cost.count import cost
 from qat.cost.coverage import cost_items
 from qat.lightning.data import VisionData
-from qat.models import num_classes_of
 from qat.patchwise import patchwise
 
 
@@ -20,14 +19,15 @@ def evaluate(
     session: Session, model: nn.Module, data: VisionData, evaluator: Trainer
 ) -> dict[str, Any]:
     """Measures of a model on the evaluation images, and its costs."""
-    data.attach(expected_by(model), num_classes_of(model))
+    data.follow(model)
     measured = session.task().evaluate(model, data, evaluator, session.folder.path)
     return measured | model_items(model)
 
 
 def model_items(model: nn.Module) -> dict[str, Any]:
-    """Costs of a model."""
-    return cost_items(cost(model))
+    """Costs of a model, and names of its classes."""
+    names = card_of(model).class_names
+    return cost_items(cost(model)) | ({} if names is None else {"class_names": list(names)})
 
 
 @contextmanager

@@ -135,8 +135,11 @@ def _fail(message: str, status: int) -> int:
 
 
 def _quieten() -> None:
-    """Silence what Lightning says about things that are meant to be so."""
+    """Silence what Lightning says about things that are meant to be so; a warning is one line."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import pytorch_lightning  # noqa: F401 - its import sets levels and the form of warnings
+
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (

@@ -15,7 +15,7 @@ BINS = 15
 class Scores:
     """Counts of images, errors and confidences; all of it is tensors, so that a run can resume.
 
-    Images that were refused are counted as given, and left out of every rate, of both models.
+    An image that was refused counts as an error of both models; it has no confidence.
 
     Args:
         domains: Names of the domains.
@@ -26,8 +26,8 @@ class Scores:
         self.domains = domains
         size = len(domains)
         self.tensors = {
-            "given": torch.zeros(size, dtype=torch.int64),
             "images": torch.zeros(size, num_classes, dtype=torch.int64),
+            "refused": torch.zeros(size, num_classes, dtype=torch.int64),
         }
         for who in ("adapted", "source"):
             self.tensors[f"{who}.errors"] = torch.zeros(size, num_classes, dtype=torch.int64)
@@ -45,37 +45,37 @@ class Scores:
         """Count a batch; rows of NaN in `logits` were refused.
 
         Returns:
-            Errors of the adapted model and of the original, as shares of the answered images.
+            Errors of the adapted model and of the original, as shares of the images.
         """
         places = torch.tensor([self.domains.index(name) for name in domains])
-        self.tensors["given"] += torch.bincount(places, minlength=len(self.domains))
         valid = logits.isfinite().all(1)
-        places, labels = places[valid], labels[valid]
         _count(self.tensors["images"], (places, labels), torch.ones_like(labels))
+        _count(self.tensors["refused"], (places, labels), (~valid).long())
         shares = []
         for who, answers in (("adapted", logits), ("source", source)):
-            confidence, classes = answers[valid].softmax(1).max(1)
-            wrong = classes != labels
+            confidence, classes = answers.softmax(1).max(1)
+            wrong = (classes != labels) | ~valid
             _count(self.tensors[f"{who}.errors"], (places, labels), wrong.long())
-            bins = (places, (confidence * BINS).long().clamp(max=BINS - 1))
+            shares.append(float(wrong.float().mean()))
+            confidence, right = confidence[valid], ~wrong[valid]
+            bins = (places[valid], (confidence * BINS).long().clamp(max=BINS - 1))
             _count(self.tensors[f"{who}.confidence"], bins, confidence.double())
-            _count(self.tensors[f"{who}.correct"], bins, (~wrong).double())
+            _count(self.tensors[f"{who}.correct"], bins, right.double())
             _count(self.tensors[f"{who}.count"], bins, torch.ones_like(confidence).double())
-            shares.append(float(wrong.float().mean()) if len(wrong) else 0.0)
         return shares[0], shares[1]
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each domain."""
         rows = []
         for place, name in enumerate(self.domains):
-            given = int(self.tensors["given"][place])
-            answered = int(self.tensors["images"][place].sum())
-            row = {"corruption": name, "n_images": given, "n_refused": given - answered}
+            given = int(self.tensors["images"][place].sum())
+            refused = int(self.tensors["refused"][place].sum())
+            row = {"corruption": name, "n_images": given, "n_refused": refused}
             for who, suffix in (("adapted", ""), ("source", "_source")):
                 errors = self.tensors[f"{who}.errors"][place]
                 seen = self.tensors["images"][place]
                 present = seen > 0
-                row[f"error{suffix}"] = int(errors.sum()) / max(answered, 1)
+                row[f"error{suffix}"] = int(errors.sum()) / max(given, 1)
                 classes = (errors[present] / seen[present]).mean() if present.any() else 0.0
                 row[f"error_class_mean{suffix}"] = float(classes)
                 row[f"ece{suffix}"] = self._calibration_error(who, place)

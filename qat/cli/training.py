@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from qat.card import expected_by
 from qat.cli.console import check_coverage, console
 from qat.cli.evaluation import evaluate, model_items
 from qat.cli.progress import RunJournal
@@ -19,7 +18,6 @@ from qat.cli.trackers import finish, trackers
 from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
 from qat.lightning.data import VisionData
 from qat.lightning.training import Training
-from qat.models import num_classes_of
 from qat.quantizers import quantizers
 
 
@@ -33,7 +31,7 @@ def train(session: Session) -> None:
         session.keep_recipe()
     session.prepare()
     module, data = session.module(), session.data()
-    data.attach(expected_by(module.model), num_classes_of(module.model))
+    data.follow(module.model)
     check_coverage(module.model, session.config.require_coverage)
     tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
     callbacks = [interrupt, *_checkpoints(session)]
@@ -57,6 +55,7 @@ def train(session: Session) -> None:
             **session.items(trainer.strategy.root_device),
             **_measured(session, module, data, session.evaluator()),
             "epochs": trainer.current_epoch,
+            "n_refused_train": len(data.refused["train"].faults),
             **tracker.summary(),
         }
         finish(session.folder, loggers, items)
@@ -113,7 +112,7 @@ def _measured(
     items = evaluate(session, module.model, data, evaluator)
     if module.teacher is not None:
         teacher = evaluate(session, module.teacher, data, evaluator)
-        kept = ("top1", "n_images", *model_items(module.teacher))
+        kept = {"top1", "n_images", *model_items(module.teacher)} - {"class_names"}
         items |= {f"{key}_teacher": teacher[key] for key in kept}
     return items
 

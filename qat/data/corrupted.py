@@ -7,8 +7,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from qat.data.classes import ClassNames
 from qat.data.corruptions import Domain, corrupt, require
-from qat.data.reading import read_rgb
 from qat.data.sources import Source
 
 
@@ -24,6 +24,11 @@ class CorruptedImages(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of classes of the task."""
+        ...
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """Name of each class; None where they have none."""
         ...
 
     @property
@@ -67,6 +72,11 @@ class Generated:
         return self.source.num_classes
 
     @property
+    def class_names(self) -> ClassNames | None:
+        """Name of each class; None where they have none."""
+        return self.source.class_names
+
+    @property
     def cropped(self) -> bool:
         """Whether the images are crops already."""
         return self.style == "imagenet"
@@ -77,7 +87,7 @@ class Generated:
 
     def image(self, index: int, domain: Domain) -> Image.Image:
         """An image in a domain; raises `Unreadable` if its file is broken."""
-        image = read_rgb(self.source.read, index)
+        image = self.source.image(index).convert("RGB")
         if self.style == "imagenet":
             image = imagenet_crop(image)
         if domain.severity == 0:

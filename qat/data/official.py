@@ -1,15 +1,16 @@
 """The distributed benchmarks, from their official files, behind the interface of generated ones."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
+from qat.data.classes import ClassNames
 from qat.data.corrupted import imagenet_crop
 from qat.data.corruptions import Domain
-from qat.data.reading import Unreadable, read_rgb
+from qat.data.listing import class_folders, class_name, is_hidden
+from qat.data.reading import Unreadable, read_file
 from qat.data.sources import Source
 
 
@@ -26,7 +27,8 @@ class ImageNetC:
         image_list: Text file with a `<class>/<file>` a line, such as the list of 5,000 images on
             which many results are reported; None takes all.
         num_classes: Number of classes of the task. If there are as many folders, a class's index is
-            its folder's place in alphabetical order; if fewer, that of its synset in ImageNet-1k.
+            its folder's place in the order of code points; if fewer, that of its synset in
+            ImageNet-1k.
 
     Raises:
         ValueError: If there is no image, or a folder's class is not known.
@@ -41,27 +43,28 @@ class ImageNetC:
         image_list: str | None = None,
         num_classes: int = 1000,
     ) -> None:
-        found = [*Path(root).glob("*/[1-5]"), *Path(root).glob("*/*/[1-5]")]
-        self.folders = {Domain(path.parent.name, int(path.name)): path for path in found}
+        found = sorted([*Path(root).glob("*/[1-5]"), *Path(root).glob("*/*/[1-5]")])
+        seen = [path for path in found if not any(map(is_hidden, path.relative_to(root).parts))]
+        self.folders = {Domain(path.parent.name, int(path.name)): path for path in seen}
         if not self.folders:
             raise ValueError(f"no folder '{root}/<corruption>/<severity>'; check the path")
         first = next(iter(self.folders.values()))
         if clean is not None:
             self.folders[Domain("clean", 0)] = Path(clean)
+        folders = class_folders(first)
+        self.class_names = _names(tuple(folders), num_classes)
         if image_list is None:
-            files = (path for path in first.glob("*/*") if path.is_file())
-            self.files = sorted(path.relative_to(first).as_posix() for path in files)
+            paths = [path for found in folders.values() for path in found]
+            self.files = [path.relative_to(first).as_posix() for path in paths]
         else:
             self.files = _lines(image_list)
-        if not self.files:
-            raise ValueError(f"no image in '{first}/<class>'; check the path")
-        classes = _classes(sorted(path.name for path in first.iterdir()), num_classes)
-        try:
-            self.labels = [classes[name.split("/")[0]] for name in self.files]
-        except KeyError as error:
+        names = [class_name(file.split("/")[0]) for file in self.files]
+        if unknown := [name for name in names if name not in folders]:
             raise ValueError(
-                f"'{image_list}' names class {error}, for which '{first}' has no folder"
-            ) from None
+                f"'{image_list}' names class '{unknown[0]}', for which '{first}' has no folder"
+            )
+        places = {name: index for index, name in enumerate(self.class_names)}
+        self.labels = [places[name] for name in names]
         self.num_classes = num_classes
 
     def require(self, domain: Domain) -> None:
@@ -75,7 +78,7 @@ class ImageNetC:
     def image(self, index: int, domain: Domain) -> Image.Image:
         """An image in a domain; raises `Unreadable` if its file is missing or broken."""
         folder = self.folders[domain]
-        image = read_rgb(lambda i: Image.open(folder / self.files[i]), index)
+        image = read_file(folder / self.files[index]).convert("RGB")
         return imagenet_crop(image) if domain.severity == 0 else image
 
 
@@ -94,6 +97,7 @@ class CifarC:
     """
 
     cropped = False
+    class_names = None
 
     def __init__(self, root: str, clean: Source | None = None, num_classes: int = 10) -> None:
         self.arrays = {path.stem: path for path in Path(root).glob("*.npy")}
@@ -131,11 +135,11 @@ class CifarC:
     def image(self, index: int, domain: Domain) -> Image.Image:
         """An image in a domain; raises `Unreadable` if it cannot be read."""
         if domain.severity == 0 and self.clean is not None:
-            return read_rgb(self.clean.read, index)
+            return self.clean.image(index).convert("RGB")
         try:
             row = self._array(domain.name)[(domain.severity - 1) * self.size + index]
         except OSError as error:
-            raise Unreadable(f"image {index}: {error}") from error
+            raise Unreadable(f"image {index} cannot be read: {error}") from error
         return Image.fromarray(row)
 
     def _array(self, name: str) -> np.ndarray:
@@ -152,14 +156,14 @@ def _lines(path: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _classes(folders: Sequence[str], num_classes: int) -> dict[str, int]:
-    """Class index of each folder."""
+def _names(folders: ClassNames, num_classes: int) -> ClassNames:
+    """Name of each class: the folders', or the synsets of ImageNet where there are fewer."""
     if len(folders) == num_classes:
-        return {name: index for index, name in enumerate(folders)}
-    synsets = {name: index for index, name in enumerate(ImageNetInfo().label_names())}
+        return folders
+    synsets = tuple(ImageNetInfo().label_names())
     if unknown := [name for name in folders if name not in synsets]:
         raise ValueError(
             f"{len(folders)} class folders for {num_classes} classes, and '{unknown[0]}' is no "
             "ImageNet synset; set num_classes to the number of folders"
         )
-    return {name: synsets[name] for name in folders}
+    return synsets

@@ -6,16 +6,17 @@ for any number of workers and after a resume at any batch. The sampler therefore
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from qat.data.reading import Unreadable
 from qat.data.sources import Source
 
 Key = tuple[int, int]
@@ -23,8 +24,25 @@ Position = Callable[[], tuple[int, int]]
 """Where training is: the epoch, and how many samples of it each process has seen."""
 
 
+class LabelledBatch(NamedTuple):
+    """The images of a batch that could be read, and why the others could not.
+
+    Attributes:
+        images: N preprocessed images; of no shape where there are none.
+        labels: (N,) class indices.
+        faults: The reason for each image that is not among them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    faults: tuple[str, ...] = ()
+
+
 class Samples(Dataset[tuple[Tensor, int]]):
     """Transformed images of a source, by index or by key (epoch, index).
+
+    A single image that cannot be read raises `Unreadable`; in a batch it stands as that error, so
+    that it comes to the main process from any worker.
 
     Args:
         source: Labelled images.
@@ -52,6 +70,23 @@ class Samples(Dataset[tuple[Tensor, int]]):
         image, label = self.source[index]
         with _seeded(self.seed, epoch, index):
             return self.transform(image.convert(self.mode)), label
+
+    def __getitems__(self, keys: Sequence[int | Key]) -> list[tuple[Tensor, int] | Unreadable]:
+        return [self._or_fault(key) for key in keys]
+
+    def _or_fault(self, key: int | Key) -> tuple[Tensor, int] | Unreadable:
+        try:
+            return self[key]
+        except Unreadable as error:
+            return Unreadable(str(error))  # without its cause, which may not cross processes
+
+
+def collate(rows: Sequence[tuple[Tensor, int] | Unreadable]) -> LabelledBatch:
+    """A batch of what `Samples` gives."""
+    faults = tuple(str(row) for row in rows if isinstance(row, Unreadable))
+    good = [row for row in rows if not isinstance(row, Unreadable)]
+    images, labels = default_collate(good) if good else (torch.empty(0), torch.empty(0).long())
+    return LabelledBatch(images, labels, faults)
 
 
 class EpochSampler(Sampler[Key]):
@@ -109,16 +144,19 @@ class LazyLoader:
 
     Args:
         loader: The loader.
+        receive: What becomes of each batch, in the main process.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+    def __init__(
+        self, loader: DataLoader[Any], receive: Callable[[Any], Any] = lambda batch: batch
+    ) -> None:
+        self.loader, self.receive = loader, receive
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self.loader
+        yield from map(self.receive, self.loader)
 
 
 @contextmanager

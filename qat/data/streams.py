@@ -16,6 +16,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from qat.data.classes import ClassNames, relabelled
 from qat.data.corrupted import CorruptedImages
 from qat.data.protocols import StreamProtocol
 from qat.data.reading import Unreadable
@@ -58,10 +59,11 @@ class Stream:
         batch_size: Images a batch.
         seed: Seeds the order of the images, and the draw of `num_images`.
         num_images: Images in each domain, the same random draw in all; None takes every one.
+        class_names: Class names of the model; labels follow them where the images have names too.
 
     Raises:
         ValueError: If there are fewer images, or the protocol asks for a corruption or severity
-            that they are not available in.
+            that they are not available in; or if the images have other classes than the model.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Stream:
         batch_size: int = 64,
         seed: int = 0,
         num_images: int | None = None,
+        class_names: ClassNames | None = None,
     ) -> None:
         self.source = images
-        self.labels = np.asarray(images.labels, dtype=np.int64)
+        labels = relabelled(images.labels, images.class_names, class_names, "the stream")
+        self.labels = np.asarray(labels, dtype=np.int64)
         self.chosen = _draw(len(self.labels), num_images, seed)
         self.schedule = protocol.schedule(self.labels[self.chosen], batch_size, seed)
         for domain in self.schedule.domains:

@@ -5,15 +5,18 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor, nn
-from torchmetrics import SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import nn
+from torchmetrics import MeanMetric, SumMetric
 
+from qat.data.samples import LabelledBatch
+from qat.lightning.answers import hits, logits_of, require_answers
 from qat.models import num_classes_of
 
 
 class Comparison(LightningModule):
     """Accuracy of both models, and how far the one departs from the other.
+
+    A refused image is wrong for both models, and left out of agreement and distance.
 
     Args:
         model: The quantized model.
@@ -23,31 +26,33 @@ class Comparison(LightningModule):
     def __init__(self, model: nn.Module, original: nn.Module) -> None:
         super().__init__()
         self.model, self.original = model, original
-        classes = num_classes_of(model)
-        self.top1, self.top1_float, self.agreement = (
-            MulticlassAccuracy(classes, average="micro") for _ in range(3)
-        )
-        self.top5 = MulticlassAccuracy(classes, average="micro", top_k=5) if classes > 5 else None
-        self.num_images, self.error, self.energy = SumMetric(), SumMetric(), SumMetric()
+        self.top1, self.top1_float, self.agreement = (MeanMetric() for _ in range(3))
+        self.top5 = MeanMetric() if num_classes_of(model) > 5 else None
+        self.num_images, self.num_refused = SumMetric(), SumMetric()
+        self.error, self.energy = SumMetric(), SumMetric()
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Run both models on one batch."""
-        images, labels = batch
-        logits, exact = self.model(images).float(), self.original(images).float()
-        self.top1(logits, labels)
-        self.top1_float(exact, labels)
-        self.agreement(logits, exact.argmax(1))
+        images, labels, faults = LabelledBatch(*batch)
+        self.num_images(len(labels) + len(faults))
+        self.num_refused(len(faults))
+        logits, exact = (logits_of(m, images) for m in (self.model, self.original))
+        self.top1(hits(logits, labels, 1, len(faults)))
+        self.top1_float(hits(exact, labels, 1, len(faults)))
+        self.agreement(hits(logits, exact.argmax(1)))
         if self.top5 is not None:
-            self.top5(logits, labels)
-        self.num_images(len(labels))
+            self.top5(hits(logits, labels, 5, len(faults)))
         self.error((logits - exact).square().sum())
         self.energy(exact.square().sum())
 
     def items(self) -> dict[str, Any]:
         """The results, for `metrics.json`; call it when all batches are done."""
+        num_images, num_refused = int(self.num_images.compute()), int(self.num_refused.compute())
+        require_answers(num_images, num_refused)
         rates = ["top1", "top1_float", "agreement"] + ["top5"] * (self.top5 is not None)
         return {
             **{name: float(getattr(self, name).compute()) for name in rates},
             "logit_error": float(torch.sqrt(self.error.compute() / self.energy.compute())),
-            "n_images": int(self.num_images.compute()),
+            "n_images": num_images,
+            "n_refused": num_refused,
         }

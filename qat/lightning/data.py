@@ -1,16 +1,20 @@
 """The data module: sources in, batches preprocessed as the model expects out."""
 
+from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule
 from timm.data.transforms_factory import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from qat.card import expected_by
-from qat.data.samples import EpochSampler, LazyLoader, Samples, ShareSampler
-from qat.data.sources import Source, subset
+from qat.card import amend, card_of, expected_by
+from qat.data.classes import ClassNames
+from qat.data.reading import Refusals, Unreadable
+from qat.data.samples import EpochSampler, LabelledBatch, LazyLoader, Samples, ShareSampler, collate
+from qat.data.sources import Source, aligned, subset
 from qat.models import num_classes_of
 from qat.preprocessing import Preprocessing, check_transform
 
@@ -19,6 +23,8 @@ class VisionData(LightningDataModule):
     """Training, validation and calibration images for one model.
 
     Preprocessing follows the model; a setting here that contradicts it is refused, not obeyed.
+    Labels follow the model's class names. What becomes of images that cannot be read is said in
+    `qat.data.reading`.
 
     Args:
         train: Training images; None where nothing is trained.
@@ -64,20 +70,34 @@ class VisionData(LightningDataModule):
         self.forced = {"mean": mean, "std": std, "interpolation": interpolation}
         self.img_size = img_size
         self.expected: Preprocessing | None = None
+        self.refused = {
+            "train": Refusals("it is left out of training"),
+            "val": Refusals("it counts as not answered"),
+            "calibration": Refusals("another image is drawn to calibrate"),
+        }
 
     def setup(self, stage: str) -> None:
         """Follow the model of the trainer's module, where nobody has attached another."""
         module = getattr(self.trainer, "lightning_module", None)
         if self.expected is None and module is not None:
-            self.attach(expected_by(module.model), num_classes_of(module.model))
+            self.follow(module.model)
 
-    def attach(self, preprocessing: Preprocessing, num_classes: int) -> None:
-        """Follow a model's preprocessing.
+    def attach(
+        self, preprocessing: Preprocessing, num_classes: int, class_names: ClassNames | None = None
+    ) -> None:
+        """Follow a model's preprocessing and classes.
+
+        Without names the model's classes are those of `train`, else of `val`. Classes may be absent
+        from `val`, from `train` none.
 
         Raises:
-            ValueError: If a setting contradicts it, or the class counts disagree.
+            ValueError: If a setting contradicts the preprocessing, or the classes disagree.
         """
         check_transform(self._eval_transform(preprocessing), preprocessing)
+        names = class_names or self.class_names
+        if self.train is not None:
+            self.train = aligned(self.train, names, "data.train", complete=True)
+        self.val = aligned(self.val, names, "data.val", complete=False)
         for source in filter(None, (self.train, self.val)):
             if source.num_classes != num_classes:
                 raise ValueError(
@@ -85,6 +105,21 @@ class VisionData(LightningDataModule):
                     f"the model's num_classes to {source.num_classes}, or correct the data"
                 )
         self.expected = preprocessing
+
+    def follow(self, model: nn.Module) -> None:
+        """Attach to a model; one without class names gets those of the data.
+
+        Raises:
+            ValueError: As `attach` does.
+        """
+        self.attach(expected_by(model), num_classes_of(model), card_of(model).class_names)
+        if card_of(model).class_names is None:
+            amend(model, class_names=self.class_names)
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """Name of each class; None where the data have none."""
+        return (self.train or self.val).class_names
 
     def train_dataloader(self) -> LazyLoader:
         """Shuffled, augmented batches; incomplete ones are left out."""
@@ -96,14 +131,14 @@ class VisionData(LightningDataModule):
             raise ValueError(
                 f"batch_size {self.batch_size} exceeds the {len(sampler)} training images"
             )
-        return LazyLoader(self._loader(samples, sampler=sampler, drop_last=True))
+        return LazyLoader(self._loader(samples, sampler=sampler, drop_last=True), self._to_train)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Every evaluation image once, in order."""
+    def val_dataloader(self) -> LazyLoader:
+        """Every evaluation image once, in order, as a `LabelledBatch`."""
         transform = self._eval_transform(self._preprocessing())
         source = self.evaluation_source()
         samples = Samples(source, transform, self.seed, self._mode())
-        return self._loader(samples, sampler=ShareSampler(len(source)))
+        return LazyLoader(self._loader(samples, sampler=ShareSampler(len(source))), self._to_judge)
 
     test_dataloader = val_dataloader
 
@@ -111,7 +146,7 @@ class VisionData(LightningDataModule):
         """The images that are evaluated: those of `val`, but for the ones drawn to calibrate."""
         if self.calibrate_on == "train":
             return self.val
-        drawn = set(self._calibration_draw(self.val))
+        drawn = set(self.calibration_draw)
         return subset(self.val, [i for i in range(len(self.val)) if i not in drawn])
 
     def calibration_batches(self) -> list[Tensor]:
@@ -119,8 +154,7 @@ class VisionData(LightningDataModule):
 
         The images themselves are preprocessed as in evaluation, their copies as in training.
         """
-        source = self._train_source() if self.calibrate_on == "train" else self.val
-        draw = self._calibration_draw(source)
+        source, draw = self._calibration_source(), self.calibration_draw
         preprocessing = self._preprocessing()
         exact = Samples(source, self._eval_transform(preprocessing), self.seed, self._mode())
         images = [exact[index][0] for index in draw]
@@ -134,8 +168,7 @@ class VisionData(LightningDataModule):
 
     def calibration_labels(self) -> Tensor:
         """Classes of the calibration images, in their order, copies included."""
-        source = self._train_source() if self.calibrate_on == "train" else self.val
-        draw = self._calibration_draw(source)
+        source, draw = self._calibration_source(), self.calibration_draw
         copies = [draw[copy % len(draw)] for copy in range(self.num_augmented)]
         return torch.tensor([int(source.labels[index]) for index in [*draw, *copies]])
 
@@ -145,18 +178,55 @@ class VisionData(LightningDataModule):
         exact = Samples(
             source, self._eval_transform(self._preprocessing()), self.seed, self._mode()
         )
-        pairs = [exact[i] for i in range(min(count or len(source), len(source)))]
-        return torch.stack([image for image, _ in pairs]), torch.tensor([y for _, y in pairs])
+        rows = range(min(count or len(source), len(source)))
+        images, labels, _ = self._to_judge(collate(exact.__getitems__(rows)))
+        return images, labels
 
-    def _calibration_draw(self, source: Source) -> list[int]:
+    @cached_property
+    def calibration_draw(self) -> list[int]:
+        """Which images calibrate: the first of a random order that can be read.
+
+        Raises:
+            ValueError: If there is none, or none is left to evaluate.
+        """
+        source = self._calibration_source()
         generator = torch.Generator().manual_seed(self.seed)
-        draw = torch.randperm(len(source), generator=generator)[: self.num_calibration]
+        order = torch.randperm(len(source), generator=generator).tolist()
+        draw = list(islice(filter(self._can_calibrate, order), self.num_calibration))
+        if not draw:
+            raise ValueError(
+                f"num_calibration {self.num_calibration} of {len(source)} images: none can be read "
+                "to calibrate"
+            )
         if self.calibrate_on == "val" and len(draw) == len(source):
             raise ValueError(
                 f"num_calibration {self.num_calibration} leaves none of the {len(source)} images "
                 "of data.val to evaluate; lower it, or set data.train"
             )
-        return draw.tolist()
+        return draw
+
+    def _can_calibrate(self, index: int) -> bool:
+        try:
+            self._calibration_source().image(index)
+        except Unreadable as error:
+            self.refused["calibration"].add([str(error)])
+            return False
+        return True
+
+    def _to_train(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        """A training batch without what cannot be read, which is named."""
+        self.refused["train"].add(batch.faults)
+        if not len(batch.labels):
+            raise ValueError(
+                f"none of the {len(batch.faults)} images of a training batch can be read: "
+                f"{batch.faults[0]}; remove such files, or raise data.batch_size"
+            )
+        return batch.images, batch.labels
+
+    def _to_judge(self, batch: LabelledBatch) -> LabelledBatch:
+        """An evaluation batch; what cannot be read is named."""
+        self.refused["val"].add(batch.faults)
+        return batch
 
     def _loader(self, samples: Samples, **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -167,8 +237,12 @@ class VisionData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             # Its own generator, so that making an iterator draws nothing from the global one.
             generator=torch.Generator().manual_seed(self.seed),
+            collate_fn=collate,
             **options,
         )
+
+    def _calibration_source(self) -> Source:
+        return self._train_source() if self.calibrate_on == "train" else self.val
 
     def _train_source(self) -> Source:
         if self.train is None:
@@ -177,7 +251,7 @@ class VisionData(LightningDataModule):
 
     def _preprocessing(self) -> Preprocessing:
         if self.expected is None:
-            raise RuntimeError("call attach(preprocessing, num_classes) before asking for batches")
+            raise RuntimeError("call follow(model), or attach(...), before asking for batches")
         return self.expected
 
     def _mode(self) -> str:

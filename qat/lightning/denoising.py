@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from qat import checkpoint as files
 from qat.calibrate import Batch
+from qat.data.samples import LabelledBatch
 from qat.diffusion.judge import Judge
 from qat.diffusion.look import Look, look_at
 from qat.diffusion.measure import Verdict, judged, noise_errors, noisy_copies
@@ -42,7 +43,8 @@ class NoisePrediction(Training):
                 f"task.class_dropout {task.class_dropout} needs a model with null_class; set it "
                 "to 0 for a model that always knows the class"
             )
-        self.noise_error, self.num_images = MeanMetric(), SumMetric()
+        self.noise_error = MeanMetric()
+        self.num_images, self.num_refused = SumMetric(), SumMetric()
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted noise."""
@@ -53,9 +55,13 @@ class NoisePrediction(Training):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """The same, for noise and time steps that are the same in every epoch."""
-        images, labels = batch
+        images, labels, faults = LabelledBatch(*batch)
+        self.num_refused(len(faults))
+        self.log("val/n_refused", self.num_refused)
+        if not len(labels):
+            return
         generator = torch.Generator().manual_seed(EVALUATION_SEED + batch_idx)
         errors = noise_errors(self.model, images, labels, self.task.schedule, generator)
         self.noise_error(errors)

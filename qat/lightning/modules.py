@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from qat import checkpoint as files
 from qat.calibrate import calibrate
-from qat.card import expected_by
+from qat.card import amend, card_of, expected_by
 from qat.convert import convert_
+from qat.data.samples import LabelledBatch
+from qat.lightning.answers import hits, logits_of
 from qat.lightning.training import Convert, Initialise, MakeOptimizer, MakeSchedule, Training
 from qat.models import num_classes_of
 from qat.quantizers import LSQ, Factory, QuantizerFactory
@@ -75,12 +76,10 @@ class Distillation(Training):
         if teacher_model is not None:
             _require_same_task(self.model, teacher_model)
         self._taps: list[FeatureTap] = []
-        num_classes = num_classes_of(self.model)
-        self.top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.top5 = (
-            MulticlassAccuracy(num_classes, average="micro", top_k=5) if num_classes > 5 else None
-        )
-        self.val_loss, self.num_images = MeanMetric(), SumMetric()
+        self.top1 = MeanMetric()
+        self.top5 = MeanMetric() if num_classes_of(self.model) > 5 else None
+        self.val_loss = MeanMetric()
+        self.num_images, self.num_refused = SumMetric(), SumMetric()
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -113,23 +112,33 @@ class Distillation(Training):
         self.log_dict({f"train/{k}": v for k, v in terms.items()}, prog_bar=True)
         return terms["loss"]
 
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Accuracy and cross-entropy of one batch."""
-        images, labels = batch
-        logits = self.model(images).float()
-        self.top1(logits, labels)
-        self.val_loss(nn.functional.cross_entropy(logits, labels), len(labels))
-        self.num_images(len(labels))
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
+        """Accuracy of one batch, a refused image counting as wrong, and cross-entropy."""
+        images, labels, faults = LabelledBatch(*batch)
+        logits = logits_of(self.model, images)
+        self.top1(hits(logits, labels, 1, len(faults)))
+        if len(labels):
+            self.val_loss(nn.functional.cross_entropy(logits, labels), len(labels))
+        self.num_images(len(labels) + len(faults))
+        self.num_refused(len(faults))
         self.log("val/n_images", self.num_images)
+        self.log("val/n_refused", self.num_refused)
         self.log("val/top1", self.top1, prog_bar=True)
         self.log("val/loss", self.val_loss)
         if self.top5 is not None:
-            self.top5(logits, labels)
+            self.top5(hits(logits, labels, 5, len(faults)))
             self.log("val/top5", self.top5)
 
 
 def _require_same_task(model: nn.Module, teacher: nn.Module) -> None:
-    for what, of in (("num_classes", num_classes_of), ("preprocessing", expected_by)):
+    """Refuse a teacher of other classes or images; a model without class names gets its names."""
+    if card_of(model).class_names is None:
+        amend(model, class_names=card_of(teacher).class_names)
+    for what, of in (
+        ("num_classes", num_classes_of),
+        ("preprocessing", expected_by),
+        ("class names", lambda model: card_of(model).class_names),
+    ):
         ours, theirs = of(model), of(teacher)
         if ours != theirs:
             raise ValueError(

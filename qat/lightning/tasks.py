@@ -14,6 +14,7 @@ from pytorch_lightning import Trainer
 from torch import nn
 
 from qat.calibrate import Batch
+from qat.lightning.answers import require_answers
 from qat.lightning.comparison import Comparison
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
@@ -96,6 +97,7 @@ class Classification(Task):
         "agreement with float": ("agreement", "{:.4f}"),
         "logit error, relative": ("logit_error", "{:.4f}"),
         "evaluation images": ("n_images", "{:,}"),
+        "of these refused": ("n_refused", "{:,}"),
     }
     columns: ClassVar[Mapping[str, int]] = {
         "top1": 4,
@@ -120,7 +122,9 @@ class Classification(Task):
         module = Distillation(model, objective=Objective())
         found = trainer.validate(module, datamodule=data, verbose=False)[0]
         items = {name.removeprefix("val/"): value for name, value in found.items()}
-        return {**items, "n_images": int(items["n_images"])}
+        counts = {key: int(items[key]) for key in ("n_images", "n_refused")}
+        require_answers(**counts)
+        return items | counts
 
     def compare(
         self,

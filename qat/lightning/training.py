@@ -81,10 +81,10 @@ class Training(LightningModule):
         """Loss of one batch."""
 
     @abstractmethod
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Measures of one batch."""
 
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """As in validation."""
         self.validation_step(batch, batch_idx)
 

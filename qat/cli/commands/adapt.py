@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from qat import checkpoint as files
-from qat.card import expected_by
+from qat.card import card_of, expected_by
 from qat.cli.adaptation import Adaptation
 from qat.cli.arguments import (
     add_draws_argument,
@@ -33,7 +33,6 @@ from qat.data.protocols import StreamProtocol
 from qat.data.streams import Stream
 from qat.lightning.data import VisionData
 from qat.lightning.training import Initialise
-from qat.models import num_classes_of
 from qat.tta import Adapter, Guard, Method
 from qat.tta.store import SLOTS, Store
 
@@ -134,7 +133,7 @@ def adapt(session: Session, shared: Path | None = None) -> None:
     path = shared or folder / "model.ckpt"
     kept = path.exists() and (resumed or shared is not None)
     model, initialise = (files.load(path), None) if kept else _model(session)
-    data.attach(expected_by(model), num_classes_of(model))
+    data.follow(model)
     stream = make_stream(settings, data, model, session.seed)
     objects.method.parameters(model)  # refuses a model that it cannot adapt
     check_coverage(model, session.config.require_coverage)
@@ -217,6 +216,7 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
         settings.batch_size,
         seed,
         settings.num_images,
+        card_of(model).class_names,
     )
 
 

@@ -39,6 +39,8 @@ def comparison_table(folder: RunFolder) -> Table:
         "noise error": ("noise_error", "{:.5f}"),
         "class accuracy of samples": ("class_accuracy", "{:.4f}"),
         "evaluation images": ("n_images", "{:,}"),
+        "of these refused": ("n_refused", "{:,}"),
+        "training images left out": ("n_refused_train", "{:,}"),
         "parameters": ("num_parameters", "{:,}"),
         "bytes (weights at their bits, all else at 32)": ("size_bytes", "{:,.0f}"),
         "MACs below 16 bits": ("coverage_macs", "{:.2%}"),

@@ -10,7 +10,6 @@ from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
 from qat import checkpoint as files
-from qat.card import expected_by
 from qat.cli.arguments import (
     add_draws_argument,
     add_grid_argument,
@@ -26,7 +25,6 @@ from qat.cli.session import Session
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
 from qat.lightning.tasks import Task
-from qat.models import num_classes_of
 
 ROWS = {
     "calibration images": ("n_calibration", "{:,}"),
@@ -72,7 +70,7 @@ def quantize(asked: Session) -> None:
     if config.model.plan is None:
         raise ValueError("nothing to quantize: set model.plan to a plan, such as w4a4")
     original = copy.deepcopy(model).eval()
-    data.attach(expected_by(model), num_classes_of(model))
+    data.follow(model)
     check_coverage(model, config.require_coverage)
     evaluator = session.evaluator()
     device = evaluator.strategy.root_device

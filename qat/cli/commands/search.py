@@ -11,7 +11,6 @@ import torch
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
-from qat.card import expected_by
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, show
 from qat.cli.evaluation import model_items
@@ -21,7 +20,6 @@ from qat.cli.session import Session
 from qat.cli.trackers import finish, trackers
 from qat.cost.count import cost
 from qat.cost.latency import LatencyTable
-from qat.models import num_classes_of
 from qat.quantizers import ObserverFactory
 from qat.search import pmq
 from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, hull, totals
@@ -105,7 +103,7 @@ def run(session: Session) -> None:
     budget = _budget(session, settings, price)
     if budget is not None:  # before anything takes time
         check_budget(budget, *pmq.reach(costs, widths, space, settings.measure, price))
-    data.attach(expected_by(model), num_classes_of(model))
+    data.follow(model)
     device = session.evaluator().strategy.root_device
     model.to(device)
     batches = [images.to(device) for images in data.calibration_batches()]

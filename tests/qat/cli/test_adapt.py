@@ -235,7 +235,8 @@ def _adaptation(folder: Path, name: str = "cotta", stream: Stream | None = None)
     return Adaptation(adapter, stream or _stream(), store, folder / "stream.csv", 1)
 
 
-def test_broken_files_are_refused_counted_and_left_out_of_the_error(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*cannot be read:UserWarning")
+def test_broken_files_are_refused_and_count_as_errors_of_both_models(tmp_path: Path) -> None:
     whole = digits("test")
 
     def read(index: int) -> Any:
@@ -253,8 +254,10 @@ def test_broken_files_are_refused_counted_and_left_out_of_the_error(tmp_path: Pa
     items = found.items()
     assert items["n_refused"] == 2 * 36 and items["n_images"] == 2 * 360
     assert [row["n_refused"] for row in items["table"]] == [36, 36]
-    answered = found.scores.tensors["images"].sum()
-    assert answered == 2 * 324
+    wrong = sum(row["n_images"] * row["error"] for row in items["table"])
+    assert wrong == pytest.approx(int(found.scores.tensors["adapted.errors"].sum()))
+    assert min(row[k] for row in items["table"] for k in ("error", "error_source")) >= 36 / 360
+    assert found.scores.tensors["adapted.count"].sum() == 2 * 324  # answers with a confidence
     reasons = [row["reason"] for row in _rows(tmp_path) if row["n_refused"] != "0"]
     assert reasons and all("rotten" in reason for reason in reasons)
 

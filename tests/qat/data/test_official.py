@@ -152,5 +152,5 @@ def test_cifar_c_refuses_what_is_not_there_or_not_of_the_layout(cifar_c: Path) -
 def test_cifar_c_file_that_vanishes_is_a_refused_row(cifar_c: Path) -> None:
     images = CifarC(str(cifar_c))
     (cifar_c / "fog.npy").unlink()
-    with pytest.raises(Unreadable, match=r"image 2: .*No such file"):
+    with pytest.raises(Unreadable, match=r"image 2 cannot be read: .*No such file"):
         images.image(2, Domain("fog", 1))

@@ -193,7 +193,8 @@ def test_label_outside_the_classes_is_refused(tmp_path: Path, label: int, accept
     if accepted:
         assert [found for _, found in _content(labelled_folder(*arguments))] == [label]
     else:
-        with pytest.raises(ValueError, match=f"labels run from {label} to {label}, outside the 3"):
+        message = f"row 2: the class index is '{label}', expected .* from 0 to 2"
+        with pytest.raises(ValueError, match=message):
             labelled_folder(*arguments)
 
 

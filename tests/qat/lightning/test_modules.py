@@ -361,7 +361,7 @@ def test_averaged_weights_are_what_the_final_checkpoint_of_an_ema_run_holds(
 def test_metrics_of_validation_are_those_of_the_images(tmp_path: Path) -> None:
     module = Distillation(make_tiny_vit())
     trainer = fit(module, tmp_path)
-    images, labels = zip(*trainer.datamodule.val_dataloader(), strict=True)
+    images, labels, _ = zip(*trainer.datamodule.val_dataloader(), strict=True)
     with torch.no_grad():
         logits = module.model.eval()(torch.cat(images))
     truth = torch.cat(labels)
