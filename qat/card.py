@@ -33,6 +33,21 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Random weights that a model started from.
+
+    Attributes:
+        what: What of the model they are, for messages.
+        parameter: Name of one of them.
+        total: Its sum at the start; another one shows that it was trained or loaded since.
+    """
+
+    what: str
+    parameter: str
+    total: float
+
+
+@dataclass(frozen=True)
 class Card:
     """How a model is built, fed and converted.
 
@@ -42,6 +57,7 @@ class Card:
         preprocessing: What its images have gone through; None where that is not known.
         class_names: Names of its classes, in the order of its outputs.
         conversion: How it was converted; None for a float model.
+        start: Random weights that it started from; None where they are no more.
         dtype: Type of its floating-point weights, as `card_of` finds them.
     """
 
@@ -49,6 +65,7 @@ class Card:
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
     conversion: Conversion | None = None
+    start: Start | None = None
     dtype: torch.dtype = torch.float32
 
 
@@ -83,6 +100,31 @@ def conversion_of(model: nn.Module) -> Conversion:
     if conversion is None:
         raise ValueError("the model is a float model; quantize it first, with qat.convert_")
     return conversion
+
+
+def start_of(model: nn.Module, what: str, layer: str = "") -> Start:
+    """The random weights of a model that was just built, by the last matrix of a layer."""
+    matrices = [name for name, p in model.named_parameters() if p.ndim > 1]
+    name = [name for name in matrices if name.startswith(layer)][-1]
+    return Start(what, name, _total(model, name))
+
+
+def untrained(model: nn.Module) -> str:
+    """What of a model has the random weights of its start; empty if nothing has.
+
+    Conversion and what follows it may change weights, so a converted model keeps the answer that it
+    had, until it is trained.
+    """
+    card = card_of(model)
+    start = card.start
+    if start is None:
+        return ""
+    moved = card.conversion is None and _total(model, start.parameter) != start.total
+    return "" if moved else start.what
+
+
+def _total(model: nn.Module, name: str) -> float:
+    return float(model.get_parameter(name).detach().double().sum())
 
 
 def expected_by(model: nn.Module) -> Preprocessing:

@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from qat.card import amend, card_of, expected_by
+from qat.card import Start, amend, card_of, expected_by, untrained
 from qat.component import build, describe
 from qat.convert import convert_
 from qat.models import timm_model
@@ -61,6 +62,7 @@ def manifest(model: nn.Module, state: dict[str, Any], prefix: str = "") -> dict[
         "format": FORMAT,
         "model": card.recipe,
         "preprocessing": expected_by(model).to_dict(),
+        "start": asdict(card.start) if card.start and untrained(model) else None,
         "class_names": card.class_names and list(card.class_names),
         "conversion": None
         if conversion is None
@@ -115,6 +117,7 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
         model,
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),
         class_names=names and tuple(names),
+        start=Start(**start) if (start := data.get("start")) else None,
     )
     if (conversion := data["conversion"]) is not None:
         convert_(

@@ -11,7 +11,7 @@ import torch
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
 
-from qat.card import Card, amend, expected_by
+from qat.card import Card, Start, amend, expected_by, start_of
 from qat.plan import nearest
 from qat.preprocessing import Preprocessing, of_model
 
@@ -90,7 +90,8 @@ def timm_model(
         "data_config": data_config,
         "model_args": model_args,
     }
-    amend(model, recipe=recipe, preprocessing=of_model(model))
+    start = _start(model, pretrained or weights is not None, overlay)
+    amend(model, recipe=recipe, preprocessing=of_model(model), start=start)
     return model
 
 
@@ -118,6 +119,18 @@ def adopt(
     names = None if class_names is None else tuple(class_names)
     amend(model, recipe=recipe, preprocessing=preprocessing, class_names=names)
     return model
+
+
+def _start(model: nn.Module, has_weights: bool, overlay: Mapping[str, Any]) -> Start | None:
+    """What weights did not reach: all of a model, or a classifier of another size."""
+    config: Any = model.pretrained_cfg
+    names = config["classifier"]
+    classifier = names if isinstance(names, str) else (names or ("",))[0]
+    if not has_weights:
+        return start_of(model, f"every layer, with its classifier '{classifier}'")
+    if num_classes_of(model) in (0, overlay.get("num_classes", config["num_classes"])):
+        return None
+    return start_of(model, f"its classifier '{classifier}'", classifier)
 
 
 def _weights_overlay(name: str, weights: str) -> dict[str, Any]:

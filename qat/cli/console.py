@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from qat.card import untrained
 from qat.cli.run_folder import is_first_process
 from qat.cost.count import cost
 from qat.cost.coverage import coverage_lines, coverage_table
@@ -27,6 +28,16 @@ def show(items: dict[str, Any], rows: Mapping[str, tuple[str, str]], title: str 
         if key in items:
             table.add_row(label, form.format(items[key]))
     console.print(table)
+
+
+def say_untrained(model: nn.Module) -> None:
+    """Say aloud what of a model has random weights, in a command that does not train them."""
+    if random := untrained(model):
+        console.print(
+            f"untrained: {random}; what follows is about random weights. Name a trained model "
+            "with --ckpt_path, or its file in the model's `weights`",
+            highlight=False,
+        )
 
 
 def check_coverage(model: nn.Module, required: float | None) -> None:

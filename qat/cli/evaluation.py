@@ -7,7 +7,7 @@ from typing import Any
 from pytorch_lightning import Trainer
 from torch import nn
 
-from qat.card import card_of
+from qat.card import card_of, untrained
 from qat.cli.session import Session
 from qat.cost.count import cost
 from qat.cost.coverage import cost_items
@@ -25,9 +25,10 @@ def evaluate(
 
 
 def model_items(model: nn.Module) -> dict[str, Any]:
-    """Costs of a model, and names of its classes."""
-    names = card_of(model).class_names
-    return cost_items(cost(model)) | ({} if names is None else {"class_names": list(names)})
+    """Costs of a model, names of its classes, and what of it was never trained."""
+    names, random = card_of(model).class_names, untrained(model)
+    said = {"class_names": names and list(names), "untrained": random}
+    return cost_items(cost(model)) | {key: value for key, value in said.items() if value}
 
 
 @contextmanager

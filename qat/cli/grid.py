@@ -81,7 +81,7 @@ def grid_table(
     for names, group in groups.items():
         cells = []
         for column, digits in columns.items():
-            values = [row[column] for row in group if column in row]
+            values = [row[column] for row in group if row.get(column) is not None]
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and digits > 1 else ""
             cells.append(f"{mean(values):,.{digits}f}{spread}" if values else "-")
         table.add_row(*names, str(len(group)), *cells)

@@ -7,13 +7,19 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import qat
+from qat.cli.causes import cause
+from qat.cli.mistakes import told
+from qat.cli.processes import Processes, started
+from qat.cli.words import of_trainer, require_once, with_save_dir
 
 COMMANDS = {
     "fit": "train: a teacher, a quantized or a binary model, with or without distillation",
@@ -29,6 +35,10 @@ COMMANDS = {
     "reproduce": "run a row of the ledger of results again, and say whether its number still holds",
 }
 """What each command does; the module of its name in `qat.cli.commands` says how."""
+IN_ONE_PROCESS = COMMANDS.keys() - {"fit", "plan"}
+"""Commands that leave further processes and devices of a recipe aside."""
+FAILED, UNUSABLE = 1, 2
+"""Status of a run that fails, and of arguments that cannot be used."""
 COMMAND, RECIPE = "fit", "default"
 PROGRAM = "lowbit-vit" if Path(sys.argv[0]).stem == "lowbit-vit" else "train.py"
 DESCRIPTION = f"Low-bit vision transformers. Without a command: {COMMAND} --config {RECIPE}"
@@ -50,22 +60,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         return _no_command(name)
-    _quieten()
-    from qat.cli.mistakes import told
-    from qat.cli.session import Session
-
-    parser = make_parser(name)
+    status, parser = UNUSABLE, None
     try:
-        config = parser.parse_args(_with_save_dir(words))
-    except (argparse.ArgumentError, TypeError) as error:
-        return _fail(told(str(error), parser), 2)
-    try:
-        import_module(f"qat.cli.commands.{name}").run(Session.begin(name, parser, config))
-    except (ValueError, argparse.ArgumentError) as error:  # the latter from a teacher's recipe
-        return _fail(told(str(error), parser), 1)
+        here = replace(started(os.environ), alone=name in IN_ONE_PROCESS)
+        _tell_rank(here)
+        _quieten()
+        parser = make_parser(name)
+        require_once(words)
+        config = parser.parse_args(with_save_dir(words))
+        status = FAILED
+        _run(name, parser, config, words, here)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # of any library; a user gets one line, whoever raised it
+        return _fail(error, parser, status)
     return 0
+
+
+def _run(name: str, parser: Any, config: Any, words: list[str], here: Processes) -> None:
+    """Run a command; those that take one process leave the others nothing to do."""
+    from qat.cli.session import Session
+
+    session = Session.begin(name, parser, config, of_trainer(words), here)
+    if here.first or not here.alone:
+        import_module(f"qat.cli.commands.{name}").run(session)
 
 
 def open_session(name: str, *words: str) -> Any:
@@ -108,30 +126,24 @@ def _no_command(word: str) -> int:
     try:
         parser.parse_args([word])
     except argparse.ArgumentError as error:
-        return _fail(str(error), 2)
+        return _fail(error, None, UNUSABLE)
     return 0
 
 
-def _with_save_dir(words: list[str]) -> list[str]:
-    """Spare the user the folder of a logger that insists on one: it is the run folder."""
-    if "--trainer.logger" not in words[:-1]:
-        return words
-    from inspect import Parameter, signature
-
-    import pytorch_lightning.loggers
-
-    name = words[words.index("--trainer.logger") + 1].rpartition(".")[2]
-    logger = getattr(pytorch_lightning.loggers, name, None)
-    folder = signature(logger).parameters.get("save_dir") if logger is not None else None
-    if folder is None or folder.default is not Parameter.empty or "save_dir" in "".join(words):
-        return words
-    return [*words, "--trainer.logger.save_dir", "."]
-
-
-def _fail(message: str, status: int) -> int:
-    line = " ".join(message.split())
-    print(f"error: {line[:700]}", file=sys.stderr)
+def _fail(error: Exception, parser: Any, status: int) -> int:
+    """Say what went wrong, in one line; after the traceback where `LOWBIT_DEBUG` asks for it."""
+    if os.environ.get("LOWBIT_DEBUG"):
+        traceback.print_exception(error)
+    message = cause(error) if parser is None else told(error, parser)
+    print(f"error: {' '.join(message.split())[:700]}", file=sys.stderr)
     return status
+
+
+def _tell_rank(here: Processes) -> None:
+    """Say to Lightning which process this is; by itself it believes any variable of that sort."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    rank_zero_only.rank = 0 if here.first else 1  # type: ignore[attr-defined]
 
 
 def _quieten() -> None:
@@ -152,3 +164,7 @@ def _quieten() -> None:
         ".*treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

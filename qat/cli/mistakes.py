@@ -3,22 +3,36 @@
 import difflib
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Iterator
 from inspect import isabstract
 from typing import Any, get_args
 
+from qat.cli.causes import cause
 from qat.plan import nearest
 
 
-def told(message: str, parser: Any) -> str:
-    """What to say of a message of the parser.
+def told(error: Exception, parser: Any) -> str:
+    """What to say of an exception, be it of the parser, ours or of a library.
 
     Args:
-        message: The message.
+        error: The exception.
         parser: The parser of the command.
     """
+    if not isinstance(error, ArgumentError | ValueError):
+        return cause(error)
+    message = str(error)
+    if not message or message.rstrip().endswith(":"):  # of a library's assertion without a text
+        return f"{message} {cause(_first(error))}".strip()
     message = re.sub(r"Group '([\w.]+)' does not accept option '", r"unknown option '\1.", message)
     return _plain(message, parser) + _nearest_option(message, parser)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The exception that an exception was made from, at the beginning of the chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _nearest_option(message: str, parser: Any) -> str:

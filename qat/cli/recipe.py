@@ -159,15 +159,12 @@ class RecipeFile(ActionConfigFile):
         """Compose the recipe at `value` and parse it in place of the file."""
         known = [action.dest for action in parser._actions]
         others = OF_SOME_COMMANDS - {dest.split(".")[0] for dest in known}
-        try:
-            recipe = load_recipe(value)
-        except ValueError as error:
-            raise TypeError(str(error)) from None
+        recipe = load_recipe(value)
         recipe = {key: value for key, value in recipe.items() if key not in others}
         try:
             _refuse_unknown(recipe, known)
         except ValueError as error:
-            raise TypeError(f"recipe '{value}': {error}") from None
+            raise ValueError(f"recipe '{value}': {error}") from None
         text = yaml.safe_dump(recipe, sort_keys=False)  # the axes of a grid keep their order
         ActionConfigFile.apply_config(parser, cfg, dest, text)
         cfg[dest][-1] = value

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning_fabric.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
+from qat.cli.console import console
+from qat.cli.preflight import require_evaluation
+from qat.cli.processes import ONE, Processes, adopt_slurm, left_aside, placed, shared
 from qat.cli.run_folder import RunFolder
 from qat.lightning.data import VisionData
 from qat.lightning.tasks import Remembered, Task
@@ -32,6 +36,8 @@ class Session:
         parser: Its parser.
         config: Its configuration.
         folder: Its run folder.
+        flags: What the command line says of the trainer; it holds for the teacher's as well.
+        here: The processes that were started for it.
         remembered: Results that the sessions of a grid share.
         started: When it began, on the clock of `time.monotonic`.
     """
@@ -40,15 +46,26 @@ class Session:
     parser: LightningArgumentParser
     config: Namespace
     folder: RunFolder
+    flags: tuple[str, ...] = ()
+    here: Processes = ONE
     remembered: Remembered = field(default_factory=Remembered)
     started: float = field(default_factory=time.monotonic)
 
     @staticmethod
-    def begin(command: str, parser: LightningArgumentParser, config: Namespace) -> "Session":
+    def begin(
+        command: str,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        flags: tuple[str, ...] = (),
+        here: Processes = ONE,
+    ) -> "Session":
         """The session of a command, in the run folder that the user asked for."""
-        return Session(
-            command, parser, config, RunFolder.named(config.run_dir, _recipe_name(config))
-        )
+        placed(config.trainer, here)  # refused before there is a folder
+        if idle := left_aside(config.trainer, here) if here.alone else "":
+            console.print(f"{command} runs in one process and leaves aside {idle}")
+        adopt_slurm(here)
+        folder = _folder(config.run_dir, _recipe_name(config), here)
+        return Session(command, parser, config, folder, flags, here)
 
     def changed(self, settings: Mapping[str, Any]) -> "Session":
         """The same session with some settings changed, by dotted key."""
@@ -108,19 +125,28 @@ class Session:
         """The data module; reads the data."""
         return VisionData(**self.section("data"), seed=self.seed)
 
+    def callbacks(self) -> list[Callback]:
+        """The recipe's own callbacks."""
+        return _as_list(self.objects("trainer.callbacks").trainer.callbacks)
+
     def trainer(
         self, loggers: Iterable[Logger] = (), callbacks: Iterable[Callback] = ()
     ) -> Trainer:
         """The trainer, with the recipe's callbacks before further ones."""
         made = self.changed({"trainer.logger": False}).section("trainer")
-        made["callbacks"] = [*_as_list(made["callbacks"]), *callbacks]
-        return Trainer(**{**made, **self._place(), "logger": list(loggers)})
+        made["callbacks"] = [*self.callbacks(), *callbacks]
+        return Trainer(**{**made, **self._place(made), "logger": list(loggers)})
 
     def evaluator(self) -> Trainer:
-        """A trainer that only evaluates, without callbacks."""
+        """A trainer that only evaluates, without callbacks.
+
+        Raises:
+            ValueError: If under the recipe's settings it could not.
+        """
+        require_evaluation(self.config.trainer)
         quiet = self.changed({"trainer.logger": False, "trainer.callbacks": None})
-        made = {**quiet.section("trainer"), **self._place()}
-        return Trainer(**{**made, "enable_checkpointing": False})
+        made = quiet.section("trainer")
+        return Trainer(**{**made, **self._place(made), "enable_checkpointing": False})
 
     def initialised(self) -> "Session":
         """The session with what `--init` is short for.
@@ -192,8 +218,24 @@ class Session:
             "torch_version": str(torch.__version__),
         }
 
-    def _place(self) -> dict[str, Any]:
-        return {"default_root_dir": str(self.folder.path)}
+    def _place(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Where a trainer works: in which folder, on which devices, as which process."""
+        return {
+            "default_root_dir": str(self.folder.path),
+            "plugins": [*_as_list(made["plugins"]), LightningEnvironment()],
+            **placed(self.config.trainer, self.here),
+        }
+
+
+def _folder(run_dir: str | None, recipe: str, here: Processes) -> RunFolder:
+    """The run folder; of several processes the first one names it."""
+    if run_dir is not None or here.count == 1 or here.starter == "Lightning":
+        return RunFolder.named(run_dir, recipe)
+    if not here.first:
+        return RunFolder(shared(None, here))
+    folder = RunFolder.named(None, recipe)
+    shared(str(folder.path), here)
+    return folder
 
 
 def _recipe_name(config: Namespace) -> str:

@@ -4,8 +4,9 @@ A tracker gets the recipe, and at the end the numbers of `metrics.json` under th
 adds the curves of training, `adapt` a point a batch of the stream.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -38,9 +39,38 @@ def trackers(session: Session) -> Iterator[list[Logger]]:
 
 
 def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> None:
-    """Write `metrics.json`, and tell its numbers to the trackers."""
-    folder.write_metrics(items)
+    """Write `metrics.json`, and tell its numbers to the trackers.
+
+    JSON knows no number that is not finite: `null` stands for it, and its key in `not_finite`.
+
+    Raises:
+        ValueError: If there was one, after all is written.
+    """
+    kept, broken = finite(items)
+    folder.write_metrics(kept | ({"not_finite": broken} if broken else {}))
     report(loggers, items)
+    if broken:
+        raise ValueError(
+            f"{', '.join(broken[:3])} is not finite, so the result means little; all that was "
+            f"measured is in '{folder.metrics}'"
+        )
+
+
+def finite(value: Any, path: str = "") -> tuple[Any, list[str]]:
+    """A value with None for the numbers in it that are not finite, and where these stand."""
+    if isinstance(value, float) and not isfinite(value):
+        return None, [path]
+    if isinstance(value, dict):
+        found = {key: finite(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+        return {key: kept for key, (kept, _) in found.items()}, _joined(found.values())
+    if isinstance(value, list | tuple):
+        parts = [finite(item, f"{path}.{i}") for i, item in enumerate(value)]
+        return [kept for kept, _ in parts], _joined(parts)
+    return value, []
+
+
+def _joined(parts: Iterable[tuple[Any, list[str]]]) -> list[str]:
+    return [path for _, paths in parts for path in paths]
 
 
 def report(loggers: list[Logger], items: dict[str, Any], step: int | None = None) -> None:

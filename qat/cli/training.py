@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from qat.cli.console import check_coverage, console
 from qat.cli.evaluation import evaluate, model_items
+from qat.cli.preflight import Schedule, require_monitors, require_training
 from qat.cli.progress import RunJournal
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session
@@ -23,18 +24,23 @@ from qat.quantizers import quantizers
 
 def train(session: Session) -> None:
     """Train, evaluate, and write `metrics.json`; what has to be trained first comes first."""
+    session = short(session)
+    require_training(session.config.trainer)
     resume = _checkpoint_to_resume(session)
     session.initialised()  # a misspelt initialiser is refused before a teacher is trained
-    session.folder.path.mkdir(parents=True, exist_ok=True)
+    evaluator = session.evaluator()  # likewise an accelerator that is not there
     session = with_judge(with_teacher(session))
-    if resume is None and is_first_process():
-        session.keep_recipe()
     session.prepare()
     module, data = session.module(), session.data()
     data.follow(module.model)
     check_coverage(module.model, session.config.require_coverage)
+    schedule = Schedule.of(evaluator, data)
+    logged = (*module.measures, *OscillationTracker.measures)
+    require_monitors(session.callbacks(), logged, schedule)
+    if resume is None and is_first_process():
+        session.keep_recipe()
     tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
-    callbacks = [interrupt, *_checkpoints(session)]
+    callbacks = [interrupt, *_checkpoints(session, schedule)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
     with trackers(session) as loggers:
@@ -53,7 +59,7 @@ def train(session: Session) -> None:
             raise KeyboardInterrupt
         items = {
             **session.items(trainer.strategy.root_device),
-            **_measured(session, module, data, session.evaluator()),
+            **_measured(session, module, data, evaluator),
             "epochs": trainer.current_epoch,
             "n_refused_train": len(data.refused["train"].faults),
             **tracker.summary(),
@@ -99,7 +105,9 @@ def _train_first(session: Session, name: str, recipe: str) -> str:
         if first.last.exists():
             words += ["--ckpt_path", "last"]
         console.rule(f"{name}: {recipe}")
-        config = session.parser.parse_args(words)
+        if session.flags:
+            console.print(f"the flags {' '.join(session.flags)} hold for the {name} too")
+        config = session.parser.parse_args([*words, *session.flags])
         train(replace(session.inside(first), command="fit", config=config))
         console.rule(f"{name} done")
     return str(first.last)
@@ -117,17 +125,33 @@ def _measured(
     return items
 
 
-def _checkpoints(session: Session) -> list[ModelCheckpoint]:
-    """The last state, written each epoch and on any exception, and the best one."""
+def short(session: Session) -> Session:
+    """The session with what `trainer.fast_dev_run` is short for.
+
+    Lightning's own would keep no checkpoint, which a student needs of its teacher.
+    """
+    if not (batches := int(session.config.trainer.fast_dev_run)):
+        return session
+    limits = {"limit_train_batches": batches, "limit_val_batches": batches, "max_epochs": 1}
+    settings = {"fast_dev_run": False, "max_steps": -1, "num_sanity_val_steps": 0, **limits}
+    return session.changed({f"trainer.{key}": value for key, value in settings.items()})
+
+
+def _checkpoints(session: Session, schedule: Schedule) -> list[ModelCheckpoint]:
+    """The last state, written each epoch and on any exception, and the best one validated."""
     monitor, mode = session.task().monitor
     options: dict[str, Any] = {
         "dirpath": session.folder.checkpoints,
         "enable_version_counter": False,
     }
-    return [
-        ModelCheckpoint(filename="last", save_on_exception=True, **options),
-        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **options),
-    ]
+    last = ModelCheckpoint(filename="last", save_on_exception=True, **options)
+    if schedule.validates:
+        return [last, ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **options)]
+    console.print(
+        f"no best.ckpt, only last.ckpt: training ends after {schedule.total:g} batches, before the "
+        f"first validation after {schedule.first_validation:g}"
+    )
+    return [last]
 
 
 def _checkpoint_to_resume(session: Session) -> Path | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.card import amend
+from qat.card import amend, start_of
 from qat.diffusion.model import DiT
 from qat.preprocessing import Preprocessing
 
@@ -34,7 +34,7 @@ def dit(**arguments: Any) -> DiT:
     half = (0.5,) * model.in_chans
     size = (model.in_chans, model.img_size, model.img_size)
     pixels = Preprocessing(size, half, half, "bicubic", 1.0, "center")
-    amend(model, recipe=recipe, preprocessing=pixels)
+    amend(model, recipe=recipe, preprocessing=pixels, start=start_of(model, "every layer"))
     return model
 
 
@@ -54,6 +54,7 @@ def mnist_dit(weights: str) -> DiT:
         folded = fold_mnist(state)
         model = dit(**MNIST)
         model.load_state_dict(folded)
+        amend(model, start=None)
     except Exception as error:  # a damaged file can fail in any way
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

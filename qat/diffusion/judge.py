@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qat.card import amend
+from qat.card import amend, start_of
 from qat.preprocessing import Preprocessing
 
 
@@ -50,5 +50,5 @@ def judge(**arguments: Any) -> Judge:
     recipe = {"class_path": "qat.diffusion.judge.judge", "init_args": arguments}
     size = (1, arguments["img_size"], arguments["img_size"])
     pixels = Preprocessing(size, (0.5,), (0.5,), "bicubic", 1.0, "center")
-    amend(model, recipe=recipe, preprocessing=pixels)
+    amend(model, recipe=recipe, preprocessing=pixels, start=start_of(model, "every layer"))
     return model

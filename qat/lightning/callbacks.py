@@ -13,6 +13,7 @@ from qat.quantizers import Phase, Quantizer, quantizers
 from qat.train.oscillation import Oscillation, sign_statistics
 
 SHARES = ("flip_rate", "oscillating", "near_boundary", "changed")
+USES = ("sign_entropy", "dead_channels")
 
 
 class OscillationTracker(Callback):
@@ -30,6 +31,8 @@ class OscillationTracker(Callback):
         momentum: Of the oscillation frequency.
         warmup: Share of training before which flips do not count as oscillations.
     """
+
+    measures = (*(f"weights/{key}" for key in SHARES), *(f"activations/{key}" for key in USES))
 
     def __init__(self, momentum: float = 0.01, warmup: float = 0.1) -> None:
         self.momentum = momentum

@@ -61,6 +61,11 @@ class VisionData(LightningDataModule):
         img_size: int | None = None,
     ) -> None:
         super().__init__()
+        if num_calibration < 1 or batch_size < 1 or num_augmented < 0:
+            raise ValueError(
+                "data needs a num_calibration and a batch_size of at least 1 and a num_augmented "
+                f"of at least 0, got {num_calibration}, {batch_size} and {num_augmented}"
+            )
         self.train, self.val = train, val
         self.batch_size, self.num_workers = batch_size, num_workers
         self.augment = augment

@@ -46,6 +46,11 @@ class NoisePrediction(Training):
         self.noise_error = MeanMetric()
         self.num_images, self.num_refused = SumMetric(), SumMetric()
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Errors of the predicted noise."""
+        return "train/loss", "val/noise_error", "val/n_images"
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted noise."""
         images, labels = batch

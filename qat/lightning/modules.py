@@ -82,6 +82,14 @@ class Distillation(Training):
         self.num_images, self.num_refused = SumMetric(), SumMetric()
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """Terms of the loss, accuracy and cross-entropy."""
+        terms = [term for term in ("hard", "soft", "feature") if getattr(self.objective, term)]
+        top5 = ("val/top5",) * (self.top5 is not None)
+        train = (f"train/{term}" for term in (*terms, "loss"))
+        return (*train, "val/n_images", "val/top1", "val/loss", *top5)
+
+    @property
     def teacher(self) -> nn.Module | None:
         """The teacher, if there is one."""
         return self._teacher[0] if self._teacher else None

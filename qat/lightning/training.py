@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from qat import checkpoint as files
 from qat.calibrate import calibrate
+from qat.card import amend
 from qat.component import describe
 from qat.convert import Conversion, convert_
 from qat.journal import Journal, NoJournal
@@ -72,6 +73,11 @@ class Training(LightningModule):
         self._rng_state: Tensor | None = None
 
     @property
+    @abstractmethod
+    def measures(self) -> tuple[str, ...]:
+        """Names of what is logged: `train/...` at each step, the others in validation."""
+
+    @property
     def teacher(self) -> nn.Module | None:
         """The teacher, if there is one."""
         return None
@@ -124,10 +130,40 @@ class Training(LightningModule):
         self.model.train()  # Lightning keeps the mode it finds, and a loaded model is in eval
 
     def on_train_start(self) -> None:
-        """Continue the random numbers of the run that is resumed."""
+        """The model is trained from here on; a resumed run continues its random numbers."""
+        amend(self.model, start=None)
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state)
             self._rng_state = None
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop at a loss that is not finite, before it reaches the weights.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if loss.isfinite():
+            return
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            for callback in self.trainer.checkpoint_callbacks:  # a broken state replaces none
+                callback.save_on_exception = False  # type: ignore[attr-defined]
+        raise ValueError(
+            f"the loss is {loss.item()} at step {self.global_step}; lower the learning rate, or "
+            "clip gradients with trainer.gradient_clip_val; the newest checkpoint is from before it"
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Stop at a measure that is not finite.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for name, value in self.trainer.callback_metrics.items():
+            if not value.isfinite():
+                raise ValueError(
+                    f"{name} is {value.item()} after epoch {self.current_epoch}; lower the "
+                    "learning rate, or look for images that the model cannot answer"
+                )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let the regularizer act on gradients."""

@@ -20,12 +20,13 @@ from qat.cli.arguments import (
     add_run_arguments,
     add_training_arguments,
 )
-from qat.cli.console import check_coverage, console, show
+from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.plots import stream_plot
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session
+from qat.cli.start import is_quantized, loaded, started
 from qat.cli.trackers import finish, report, trackers
 from qat.component import describe
 from qat.data.corrupted import CorruptedImages, Generated
@@ -137,6 +138,7 @@ def adapt(session: Session, shared: Path | None = None) -> None:
     stream = make_stream(settings, data, model, session.seed)
     objects.method.parameters(model)  # refuses a model that it cannot adapt
     check_coverage(model, session.config.require_coverage)
+    say_untrained(model)
     with trackers(session) as loggers:
         path.parent.mkdir(parents=True, exist_ok=True)
         if initialise is None and not kept:
@@ -166,7 +168,6 @@ def adapt(session: Session, shared: Path | None = None) -> None:
                 report(loggers, curves, row["position"])
 
             adaptation.run(after, settings.num_workers)
-        stream_plot(adaptation.table, folder / "stream.png")
         items = {
             **session.items(device),
             "resumed": resumed,
@@ -177,6 +178,7 @@ def adapt(session: Session, shared: Path | None = None) -> None:
         }
         report(loggers, {f"error/{row['corruption']}": row["error"] for row in items["table"]})
         finish(session.folder, loggers, items)
+    stream_plot(adaptation.table, folder / "stream.png")
 
 
 def compare(session: Session) -> None:
@@ -237,13 +239,13 @@ def _identity(
 def _model(session: Session) -> tuple[nn.Module, Initialise | None]:
     """The model that adapts, and how it gets its quantizers' state.
 
-    It is that of a checkpoint, or the recipe's, which alone has yet to be initialised.
+    It is that of a checkpoint, or the recipe's; a float one under a plan has yet to be initialised.
     """
-    config = session.config
-    if config.ckpt_path not in (None, "last"):
-        return files.load(config.ckpt_path), None
-    module = session.module()
-    return module.model, module.initialise if config.model.plan is not None else None
+    path, plan = session.config.ckpt_path, session.config.model.plan
+    if path not in (None, "last") and (plan is None or is_quantized(path)):
+        return loaded(session), None
+    module = started(session).module()
+    return module.model, module.initialise if plan is not None else None
 
 
 def _resume(adaptation: Adaptation) -> None:

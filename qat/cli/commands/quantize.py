@@ -17,11 +17,12 @@ from qat.cli.arguments import (
     add_run_arguments,
     add_training_arguments,
 )
-from qat.cli.console import check_coverage, console, show
+from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items, patchwise_as_asked
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session
+from qat.cli.start import started
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
 from qat.lightning.tasks import Task
@@ -46,6 +47,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 
 def run(session: Session) -> None:
     """Quantize once, or once for each choice of the grid, and print a table."""
+    session = started(session)
     if session.config.grid is None:
         quantize(session)
         show(session.folder.read_metrics(), {**session.task().rows, **ROWS})
@@ -57,11 +59,6 @@ def run(session: Session) -> None:
 def quantize(asked: Session) -> None:
     """Initialise, evaluate and save one model into a run folder."""
     config = asked.config
-    if config.ckpt_path not in (None, "last"):
-        raise ValueError(
-            f"quantize starts from a float model, not from checkpoint '{config.ckpt_path}'; name "
-            "its weights as model.model or model.teacher, or continue a run with --ckpt_path last"
-        )
     resume = asked.resumes()
     session = with_judge(asked)
     session.prepare()
@@ -72,6 +69,7 @@ def quantize(asked: Session) -> None:
     original = copy.deepcopy(model).eval()
     data.follow(model)
     check_coverage(model, config.require_coverage)
+    say_untrained(model)
     evaluator = session.evaluator()
     device = evaluator.strategy.root_device
     model.to(device)
@@ -82,12 +80,12 @@ def quantize(asked: Session) -> None:
         with RunJournal(session.folder.path, console, resume=resume) as journal:
             module.initialise(model, batches, journal)
         seconds = time.monotonic() - begun
+        files.save(model, session.folder.path / "model.ckpt")  # whatever comes of the evaluation
         with patchwise_as_asked(session, model):
             measured = task.compare(
                 model.eval(), original, data, evaluator, session.folder.path, session.remembered
             )
             costs = model_items(model)
-        files.save(model, session.folder.path / "model.ckpt")
         items = {
             **session.items(device),
             **measured,

@@ -12,11 +12,12 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from qat.cli.arguments import add_run_arguments, add_training_arguments
-from qat.cli.console import check_coverage, console, show
+from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
 from qat.cli.plots import frontier_plot, sensitivity_plot
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session
+from qat.cli.start import started
 from qat.cli.trackers import finish, trackers
 from qat.cost.count import cost
 from qat.cost.latency import LatencyTable
@@ -85,6 +86,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 
 def run(session: Session) -> None:
     """Measure, choose, write the plan, and check that it loads and converts."""
+    session = started(session)
     session.require_new()
     session.prepare()
     folder, config = session.folder.path, session.config
@@ -104,6 +106,7 @@ def run(session: Session) -> None:
     if budget is not None:  # before anything takes time
         check_budget(budget, *pmq.reach(costs, widths, space, settings.measure, price))
     data.follow(model)
+    say_untrained(model)
     device = session.evaluator().strategy.root_device
     model.to(device)
     batches = [images.to(device) for images in data.calibration_batches()]

@@ -3,15 +3,13 @@
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
-from qat import checkpoint as files
-from qat.card import card_of
 from qat.cli.arguments import add_patchwise_argument, add_run_arguments, add_training_arguments
-from qat.cli.console import check_coverage, console, show
+from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import evaluate, patchwise_as_asked
 from qat.cli.session import Session
+from qat.cli.start import loaded
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
-from qat.quantizers import Phase, quantizers
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
@@ -28,9 +26,10 @@ def run(session: Session) -> None:
     model = load_model(session)
     data = session.data()
     check_coverage(model, session.config.require_coverage)
+    say_untrained(model)
+    evaluator = session.evaluator()
     session.folder.path.mkdir(parents=True, exist_ok=True)
     session = with_judge(session)
-    evaluator = session.evaluator()
     with trackers(session) as loggers:
         with patchwise_as_asked(session, model):
             items = evaluate(session, model, data, evaluator)
@@ -43,8 +42,8 @@ def load_model(session: Session) -> nn.Module:
     """The model in the checkpoint; without one, the float model of the recipe.
 
     Raises:
-        ValueError: If the recipe asks for another model than the checkpoint holds, or for a
-            quantized one without a checkpoint to take its quantizers' state from.
+        ValueError: If the recipe asks for a quantized model, without a checkpoint to take its
+            quantizers' state from, or for another model than the checkpoint holds.
     """
     settings, path = session.config.model, session.config.ckpt_path
     if path is None:
@@ -57,34 +56,4 @@ def load_model(session: Session) -> nn.Module:
         if settings.model is None and settings.teacher is None:
             raise ValueError("nothing to test: set --ckpt_path or model.model")
         return session.module().model
-    model = files.load(path)
-    idle = [name for name, q in quantizers(model) if q.phase is not Phase.QUANTIZE]
-    if idle:
-        raise ValueError(
-            f"checkpoint '{path}' is converted but not calibrated: {idle[0]} and "
-            f"{len(idle) - 1} others would run in float; calibrate it first"
-        )
-    _require_same_model(session, model)
-    return model
-
-
-def _require_same_model(session: Session, model: nn.Module) -> None:
-    """Refuse a checkpoint that contradicts what the recipe says of model and plan."""
-    settings, path = session.config.model, session.config.ckpt_path
-    if settings.plan is not None:
-        wanted = session.plan().to_list()
-        conversion = card_of(model).conversion
-        found = None if conversion is None else conversion.plan.to_list()
-        if wanted != found:
-            holds = "a float model" if found is None else "one with another plan"
-            raise ValueError(
-                f"the recipe has a plan, but checkpoint '{path}' holds {holds}; name "
-                "the checkpoint that this recipe trained, or its own recipe"
-            )
-    if settings.model is not None:
-        wanted = card_of(session.changed({"model.plan": None}).model()).recipe
-        if wanted != (found := card_of(model).recipe):
-            raise ValueError(
-                f"the recipe builds {wanted}, but checkpoint '{path}' holds "
-                f"{found}; name the checkpoint that this recipe trained"
-            )
+    return loaded(session)

@@ -139,7 +139,7 @@ def test_run_on_a_checkpoint_stopped_at_its_start_continues_on_that_checkpoint(
         raise KeyboardInterrupt
 
     exact = Session.keep_recipe
-    other = (*QUIET, "--model.plan", "w8a8")  # the checkpoint has W4A4
+    other = (*QUIET, "--model.plan", "null")  # the checkpoint has W4A4
     words = ("adapt", "--config", recipe, "--run_dir", tmp_path / "run", *other)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "keep_recipe", stop)
@@ -155,7 +155,7 @@ def test_grid_compares_checkpoints_and_continues_on_each(
     parts = []
     for name, path in (("float", teacher), ("quantized", tmp_path / "w4a4.ckpt")):
         parts.append(tmp_path / f"{name}.yaml")
-        parts[-1].write_text(yaml.safe_dump({"ckpt_path": str(path)}))
+        parts[-1].write_text(yaml.safe_dump({"ckpt_path": str(path), "model": {"plan": None}}))
     grid = yaml.safe_dump({"model": [str(path) for path in parts]}, default_flow_style=True)
     words = ("--grid", grid, "--method", "qat.tta.Source")
     for _ in range(2):

@@ -102,7 +102,7 @@ def test_unknown_option_is_refused_with_the_nearest_one(
         ),
         (("--trainer.callbacks+=EarlyStoping",), "did you mean 'EarlyStopping'\\?$"),
         (("--stream.protocol", "Continul"), "is called 'Continul'; give its path, such as module"),
-        (("--guard.weight", "-1"), r"^error: a guard needs a weight of at least 0.*got -1"),
+        (("--guard.weight", "-1"), r"^error: a guard needs a weight above 0.*got -1"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -150,7 +150,7 @@ def test_init_names_the_initialiser_of_a_fit(teacher: Path, tmp_path: Path) -> N
     ("words", "message"),
     [
         (("--model.plan", "null"), "nothing to quantize: set model.plan"),
-        (("--ckpt_path", "x.ckpt"), "starts from a float model, not from checkpoint 'x.ckpt'"),
+        (("--ckpt_path", "x.ckpt"), "--ckpt_path x.ckpt and model.teacher .* name two models"),
         (("--ckpt_path", "last"), "no run to continue"),
         (("--data.calibrate_on", "val", "--data.num_calibration", 360), "leaves none of the 360"),
         (("--data.num_augmented", 4, "--data.augment", "null"), "num_augmented needs data.augment"),
