@@ -19,6 +19,7 @@ def evaluate(
     session: Session, model: nn.Module, data: VisionData, evaluator: Trainer
 ) -> dict[str, Any]:
     """Measures of a model on the evaluation images, and its costs."""
+    data.require_labels()
     data.follow(model)
     measured = session.task().evaluate(model, data, evaluator, session.folder.path)
     return measured | model_items(model)

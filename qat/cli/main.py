@@ -19,6 +19,7 @@ import qat
 from qat.cli.causes import cause
 from qat.cli.mistakes import told
 from qat.cli.processes import Processes, started
+from qat.cli.shorthand import spelled_out
 from qat.cli.words import of_trainer, require_once, with_save_dir
 
 COMMANDS = {
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quieten()
         parser = make_parser(name)
         require_once(words)
-        config = parser.parse_args(with_save_dir(words))
+        config = parser.parse_args(with_save_dir(spelled_out(name, words)))
         status = FAILED
         _run(name, parser, config, words, here)
     except KeyboardInterrupt:

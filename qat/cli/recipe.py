@@ -25,6 +25,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] - public
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat.cli.shorthand import resolved
 from qat.documents import read_yaml
 from qat.plan import nearest
 
@@ -53,7 +54,8 @@ def load_recipe(*parts: Part) -> dict[str, Any]:
         composed = dict(part) if isinstance(part, Mapping) else compose(find(part))
         recipe = _merge(recipe, composed)
     try:
-        return OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)  # type: ignore[return-value]
+        found = OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)
+        return resolved(found)  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         hint = "; set it to the folder of the assets" if "LOWBIT_ASSETS" in reason else ""

@@ -106,6 +106,15 @@ class Session:
         """What the model is for."""
         return self.objects("task").task
 
+    def with_classes(self, data: VisionData) -> "Session":
+        """The session whose timm model has the classes of the data, where nobody said a number."""
+        model = self.config.model.model
+        arguments = getattr(model, "init_args", None) or {}
+        if "num_classes" not in arguments or arguments["num_classes"] is not None:
+            return self
+        classes = (data.train or data.val).num_classes
+        return self.changed({"model.model.init_args.num_classes": classes})
+
     def module(self) -> Training:
         """The Lightning module; builds the model and loads the teacher."""
         return self.task().module(**self.initialised().section("model"))

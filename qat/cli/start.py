@@ -82,8 +82,12 @@ def require_same_model(session: Session, model: nn.Module) -> None:
     """Refuse a checkpoint of another model than the recipe builds."""
     if session.config.model.model is None:
         return
-    wanted = card_of(session.changed({"model.plan": None}).model()).recipe
-    if wanted != (found := card_of(model).recipe):
+    wanted = card_of(session.changed({"model.plan": None}).model()).recipe or {}
+    found = card_of(model).recipe or {}
+    stated = getattr(session.config.model.model, "init_args", None) or {}
+    if stated.get("num_classes") is None:  # then `fit` has taken those of its data
+        wanted = {**wanted, "num_classes": found.get("num_classes")}
+    if wanted != found:
         raise ValueError(
             f"the recipe builds {wanted}, but checkpoint '{session.config.ckpt_path}' holds "
             f"{found}; name the checkpoint that this recipe trained"

@@ -31,7 +31,10 @@ def train(session: Session) -> None:
     evaluator = session.evaluator()  # likewise an accelerator that is not there
     session = with_judge(with_teacher(session))
     session.prepare()
-    module, data = session.module(), session.data()
+    data = session.data()
+    data.require_labels()
+    session = session.with_classes(data)
+    module = session.module()
     data.follow(module.model)
     check_coverage(module.model, session.config.require_coverage)
     schedule = Schedule.of(evaluator, data)

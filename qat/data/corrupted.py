@@ -96,6 +96,49 @@ class Generated:
         return Image.fromarray(pixels)
 
 
+@dataclass(frozen=True)
+class AsTheyCome:
+    """The images of a source as they are, for a stream that nobody made.
+
+    Attributes:
+        source: The images.
+    """
+
+    source: Source
+
+    @property
+    def labels(self) -> Sequence[int] | np.ndarray:
+        """Class of each image, or that it is unknown."""
+        return self.source.labels
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the task."""
+        return self.source.num_classes
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """Name of each class; None where they have none."""
+        return self.source.class_names
+
+    @property
+    def cropped(self) -> bool:
+        """The model's own crop is applied."""
+        return False
+
+    def require(self, domain: Domain) -> None:
+        """Raise ValueError if a corruption is asked for."""
+        if domain.severity:
+            raise ValueError(
+                f"the photos come as they are, without {domain.name}; set stream.protocol to "
+                "qat.data.protocols.Arrival"
+            )
+
+    def image(self, index: int, domain: Domain) -> Image.Image:
+        """An image; raises `Unreadable` if its file is broken."""
+        return self.source.image(index)
+
+
 def imagenet_crop(image: Image.Image) -> Image.Image:
     """Shorter side to 256 pixels, then the central 224."""
     width, height = image.size

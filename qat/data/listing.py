@@ -77,14 +77,8 @@ def class_folders(root: str | Path) -> dict[str, list[Path]]:
             rather than a class.
     """
     root = Path(root)
-    try:
-        files = list(files_below(root))
-        folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
-    except OSError as error:
-        raise ValueError(
-            f"image folder '{shown(root)}' cannot be read ({error.strerror}); if it is an asset, "
-            "is LOWBIT_ASSETS set?"
-        ) from None
+    files = _listed(root)
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
     classes = {path.name: list[Path]() for path in folders if not is_hidden(path.name)}
     for path in filter(is_image, files):
         if path.parent != root:
@@ -92,6 +86,32 @@ def class_folders(root: str | Path) -> dict[str, list[Path]]:
     _require_classes(root, classes, files)
     _tell_left_out(root, files)
     return _by_name(classes)
+
+
+def images_below(root: str | Path) -> list[Path]:
+    """Every image below a folder, in the order of code points.
+
+    Raises:
+        ValueError: If the folder cannot be read, or there is none in it.
+    """
+    files = _listed(Path(root))
+    images = [path for path in files if is_image(path)]
+    if not images:
+        raise ValueError(
+            f"'{shown(Path(root))}' holds no image that Pillow reads{_kinds(files)}; name the "
+            "folder of the photos"
+        )
+    return images
+
+
+def _listed(root: Path) -> list[Path]:
+    try:
+        return list(files_below(root))
+    except OSError as error:
+        raise ValueError(
+            f"image folder '{shown(root)}' cannot be read ({error.strerror}); if it is an asset, "
+            "is LOWBIT_ASSETS set?"
+        ) from None
 
 
 def split_folder(root: str | Path, split: str) -> Path | None:

@@ -65,6 +65,18 @@ class Continual:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """The images as they come, in the order of the data: a camera, a folder of one's own."""
+
+    def schedule(self, labels: np.ndarray, batch_size: int, seed: int) -> Schedule:
+        """One segment, in order, without corruption."""
+        size = len(labels)
+        starts = np.array([*range(0, size, batch_size), size])
+        clean, rows = (Domain(CLEAN, 0),), np.arange(size)
+        return Schedule(clean, rows, np.zeros(size, dtype=int), starts, frozenset())
+
+
+@dataclass(frozen=True)
 class ResetEachShift:
     """As `Continual`, the method starting anew with each corruption (Tent, Wang et al., ICLR 2021).
 

@@ -17,8 +17,11 @@ from timm.data.dataset_factory import create_dataset
 
 from qat.data import tables
 from qat.data.classes import ClassNames, Labels, relabelled
-from qat.data.listing import class_folders, class_name, split_folder
+from qat.data.listing import class_folders, class_name, images_below, split_folder
 from qat.data.reading import decoded, read_bytes, read_file
+
+UNKNOWN = -1
+"""The label of an image that has none."""
 
 
 class Source:
@@ -26,10 +29,11 @@ class Source:
 
     Args:
         read: Returns the image at an index.
-        labels: Class index of every image.
+        labels: Class index of every image; `UNKNOWN` for all where there are no classes.
         num_classes: Number of classes of the task, which may exceed those present.
         ids: What identifies each image, whichever part of the data this is; None numbers them.
         class_names: Name of each class; None where they have none.
+        files: Name of each image for people; None where they have none.
 
     Raises:
         ValueError: If there is no image, or a label lies outside the classes.
@@ -42,10 +46,12 @@ class Source:
         num_classes: int,
         ids: Sequence[int] | None = None,
         class_names: ClassNames | None = None,
+        files: Sequence[str] | None = None,
     ) -> None:
         if not len(labels):
             raise ValueError("the data set is empty; check the path and the split")
-        if min(labels) < 0 or max(labels) >= num_classes:
+        self.labelled = num_classes > 0
+        if self.labelled and (min(labels) < 0 or max(labels) >= num_classes):
             raise ValueError(
                 f"labels run from {min(labels)} to {max(labels)}, outside the {num_classes} "
                 "classes; correct num_classes"
@@ -57,6 +63,7 @@ class Source:
         self.num_classes = num_classes
         self.ids = range(len(labels)) if ids is None else ids
         self.class_names = class_names
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +91,7 @@ def subset(source: Source, indices: Labels) -> Source:
         source.num_classes,
         ids,
         source.class_names,
+        None if source.files is None else [source.files[int(index)] for index in indices],
     )
 
 
@@ -214,6 +222,20 @@ def image_folder(
     paths = [path for found in classes.values() for path in found]
     labels = [index for index, found in enumerate(classes.values()) for _ in found]
     return Source(lambda i: read_file(paths[i]), labels, len(classes), class_names=tuple(classes))
+
+
+def unlabelled(root: str) -> Source:
+    """Every image anywhere below a folder, in the order of code points, without classes.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        ValueError: If it cannot be read, or holds no image.
+    """
+    paths = images_below(root)
+    files = [str(path.relative_to(root)) for path in paths]
+    return Source(lambda i: read_file(paths[i]), [UNKNOWN] * len(paths), 0, files=files)
 
 
 def _part(paths: list[Path], split: str, val_share: float, what: str) -> list[Path]:

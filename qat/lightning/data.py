@@ -104,12 +104,25 @@ class VisionData(LightningDataModule):
             self.train = aligned(self.train, names, "data.train", complete=True)
         self.val = aligned(self.val, names, "data.val", complete=False)
         for source in filter(None, (self.train, self.val)):
-            if source.num_classes != num_classes:
+            if source.labelled and source.num_classes != num_classes:
                 raise ValueError(
                     f"the model has {num_classes} classes, the data has {source.num_classes}; set "
                     f"the model's num_classes to {source.num_classes}, or correct the data"
                 )
         self.expected = preprocessing
+
+    def require_labels(self) -> None:
+        """Refuse photos without labels, where accuracy is asked for.
+
+        Raises:
+            ValueError: If `train` or `val` has none.
+        """
+        for name, source in (("train", self.train), ("val", self.val)):
+            if source is not None and not source.labelled:
+                raise ValueError(
+                    f"data.{name} has no labels, so nothing can be learnt or judged by it; give a "
+                    "folder for each class with --data, or let `predict` name the classes"
+                )
 
     def follow(self, model: nn.Module) -> None:
         """Attach to a model; one without class names gets those of the data.
@@ -173,6 +186,7 @@ class VisionData(LightningDataModule):
 
     def calibration_labels(self) -> Tensor:
         """Classes of the calibration images, in their order, copies included."""
+        self.require_labels()
         source, draw = self._calibration_source(), self.calibration_draw
         copies = [draw[copy % len(draw)] for copy in range(self.num_augmented)]
         return torch.tensor([int(source.labels[index]) for index in [*draw, *copies]])

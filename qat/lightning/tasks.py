@@ -136,6 +136,6 @@ class Classification(Task):
         remembered: Remembered,
     ) -> dict[str, Any]:
         """Accuracy of both models, and how far the one departs from the other."""
-        comparison = Comparison(model, original)
+        comparison = Comparison(model, original, data.val.labelled)
         trainer.validate(comparison, datamodule=data, verbose=False)
         return comparison.items()

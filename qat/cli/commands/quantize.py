@@ -116,5 +116,6 @@ def compare(session: Session) -> None:
 
 def comparison_table(rows: list[dict[str, Any]], keys: list[str], task: Task) -> Table:
     """A row for each choice of the grid."""
-    title = f"Comparison; {task.headline} {mean(row[task.headline] for row in rows):.4f}"
+    known = [row[task.headline] for row in rows if task.headline in row]
+    title = f"Comparison; {task.headline} {mean(known):.4f}" if known else "Comparison"
     return grid_table(title, rows, keys, task.columns)
