@@ -5,7 +5,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
-from inspect import isabstract
+from inspect import isabstract, isfunction
 from typing import Any, get_args
 
 from qat.cli.causes import cause
@@ -79,6 +79,13 @@ def _unknown_class(message: str, parser: Any) -> str | None:
     return f"{key}: nothing is called '{name}'{hint}"
 
 
+def _names_of_makers(kind: type) -> Iterator[str]:
+    """Paths of the functions beside a class that make one."""
+    for name, made in vars(sys.modules[kind.__module__]).items():
+        if isfunction(made) and made.__annotations__.get("return") is kind and name[0] != "_":
+            yield f"{kind.__module__}.{name}"
+
+
 def _names_of_subclasses(kind: Any) -> Iterator[str]:
     """Names of classes that a type admits, of those known so far."""
     if isinstance(kind, type) and kind.__module__ not in ("builtins", "types"):
@@ -87,5 +94,6 @@ def _names_of_subclasses(kind: Any) -> Iterator[str]:
         concrete = not isabstract(kind) and not getattr(kind, "_is_protocol", False)
         if concrete and kind.__name__[0] != "_":
             yield kind.__name__
+        yield from _names_of_makers(kind)
     for part in get_args(kind):
         yield from _names_of_subclasses(part)

@@ -87,8 +87,10 @@ def require_same_model(session: Session, model: nn.Module) -> None:
     stated = getattr(session.config.model.model, "init_args", None) or {}
     if stated.get("num_classes") is None:  # then `fit` has taken those of its data
         wanted = {**wanted, "num_classes": found.get("num_classes")}
-    if wanted != found:
+    if keys := sorted(key for key in {*wanted, *found} if wanted.get(key) != found.get(key)):
+        ours, theirs = ({key: each.get(key) for key in keys} for each in (wanted, found))
         raise ValueError(
-            f"the recipe builds {wanted}, but checkpoint '{session.config.ckpt_path}' holds "
-            f"{found}; name the checkpoint that this recipe trained"
+            f"the recipe builds a model with {ours}, but checkpoint '{session.config.ckpt_path}' "
+            f"holds one with {theirs}; give the recipe the settings of the checkpoint, or name the "
+            "one that this recipe trained"
         )

@@ -39,13 +39,14 @@ def relabelled(
     if unknown or (complete and absent):
         raise ValueError(
             f"{what} has other classes than the model or data.train: it alone has "
-            f"{_listed(unknown)}, it lacks {_listed(absent)}; classes are compared by name, so "
+            f"{listed(unknown)}, it lacks {listed(absent)}; classes are compared by name, so "
             "rename the folders, or take the model and data that belong together"
         )
     places = np.array([wanted.index(name) for name in found])
     return places[np.asarray(labels, dtype=np.int64)]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first class names of some, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(f"'{name}'" for name in names[:5]) or "none") + more

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qat.card import amend, card_of, expected_by
-from qat.data.classes import ClassNames
+from qat.data.classes import ClassNames, listed
 from qat.data.reading import Refusals, Unreadable
 from qat.data.samples import EpochSampler, LabelledBatch, LazyLoader, Samples, ShareSampler, collate
 from qat.data.sources import Source, aligned, subset
@@ -105,9 +105,11 @@ class VisionData(LightningDataModule):
         self.val = aligned(self.val, names, "data.val", complete=False)
         for source in filter(None, (self.train, self.val)):
             if source.labelled and source.num_classes != num_classes:
+                named = f" ({listed(source.class_names)})" if source.class_names else ""
                 raise ValueError(
-                    f"the model has {num_classes} classes, the data has {source.num_classes}; set "
-                    f"the model's num_classes to {source.num_classes}, or correct the data"
+                    f"the model has {num_classes} classes, the data has {source.num_classes}"
+                    f"{named}; set model.model.num_classes to {source.num_classes}, or correct the "
+                    "data"
                 )
         self.expected = preprocessing
 
