@@ -92,7 +92,7 @@ def open_session(name: str, *words: str) -> Any:
     from qat.cli.session import Session
 
     parser = make_parser(name)
-    return Session.begin(name, parser, parser.parse_args(words))
+    return Session.begin(name, parser, parser.parse_args(spelled_out(name, list(words))))
 
 
 def make_parser(name: str) -> Any:

@@ -136,15 +136,9 @@ def test_misspelt_source_is_answered_with_those_there_are(
     assert "qat.data.sources.image_folder" in error(capsys)
 
 
-def test_recipe_for_photos_of_ones_own_reads_either_layout(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_of_photos_is_read_in_either_layout(home: Path, tmp_path: Path) -> None:
     from qat.cli.main import open_session
 
-    words = ("--config", "configs/photos.yaml", "--model.model", "null")
-    monkeypatch.setenv("LOWBIT_ASSETS", "unused")
     for root, sizes in ((home, (24, 12)), (photos(tmp_path / "mine", count=10), (24, 6))):
-        monkeypatch.setenv("PHOTOS", str(root))
-        monkeypatch.chdir(runs.ROOT)
-        data = open_session("fit", *words).data()
+        data = open_session("fit", "--config", "qat/photos", "--data", str(root)).data()
         assert (len(data.train), len(data.val)) == sizes
