@@ -8,7 +8,6 @@ checkpoints of Lightning carry the same manifest, so `load` reads both.
 
 import hashlib
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from qat import disk
 from qat.card import Start, amend, card_of, expected_by, untrained
 from qat.component import build, describe
 from qat.convert import convert_
@@ -82,11 +82,12 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: If the model cannot be rebuilt, see `manifest`.
+        OSError: If the disk fails; the old file is whole all the same.
     """
     state = model.state_dict()
-    part = Path(f"{path}.part")
-    torch.save({MANIFEST: manifest(model, state), "state_dict": state}, part)
-    os.replace(part, path)
+    content = {MANIFEST: manifest(model, state), "state_dict": state}
+    with disk.replacing(path) as file:
+        torch.save(content, file)
 
 
 def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:

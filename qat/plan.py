@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from qat import disk
 from qat.documents import read_yaml
 from qat.spec import Granularity, Operand, QuantSpec
 
@@ -204,7 +205,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write a plan file."""
-        Path(path).write_text(yaml.safe_dump(self.to_list(), sort_keys=False))
+        disk.write(path, yaml.safe_dump(self.to_list(), sort_keys=False))
 
 
 def load_plan(plan: str | list[dict[str, Any]], zero_point: bool = True) -> Plan:

@@ -1,8 +1,6 @@
 """Runs an adapter over a stream: scores, a row a batch, a state that survives a crash."""
 
-import csv
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.cli.stream_scores import Scores
+from qat.cli.tables import GrowingTable
 from qat.cost.footprint import Footprint
 from qat.data.reading import Refusals
 from qat.data.streams import Stream, StreamBatch
@@ -22,10 +21,6 @@ from qat.tta import Adapter, Answer
 from qat.tta.parts import part, with_part
 from qat.tta.store import Store
 
-COLUMNS: tuple[str, ...] = (
-    "position", "domain", "n_images", "n_refused", "error", "error_source", "outcome",
-    "n_selected", "n_forward", "n_backward", "digest", "reason", "seconds", "seconds_source",
-)  # fmt: skip
 WEIGHED = 8
 """Batches from the start of a stream in which memory is counted."""
 
@@ -45,19 +40,23 @@ class Adaptation:
         self, adapter: Adapter, stream: Stream, store: Store, table: Path, save_every: int
     ) -> None:
         self.adapter, self.stream = adapter, stream
-        self.store, self.table, self.save_every = store, table, save_every
+        self.store, self.table, self.save_every = store, GrowingTable(table), save_every
         self.scores = Scores(stream.domains, num_classes_of(adapter.on.model))
         self.seconds = {"adapted": 0.0, "source": 0.0}
         self.bytes = {"adapted": 0, "source": 0}
         self.num_unsaved = 0
         self.first_failure = ""
         self.refused = Refusals("it is refused and counts as wrong")
+        self.rows: list[dict[str, Any]] = []
 
     def resume(self) -> list[str]:
         """Continue from the newest state that is whole; the table loses the rows after it.
 
         Returns:
             What was wrong with newer states.
+
+        Raises:
+            ValueError: If the table does not have the rows that the state says are done.
         """
         tensors, items, problems = self.store.load()
         counts = items["counts"]
@@ -66,11 +65,7 @@ class Adaptation:
         self.seconds, self.bytes = items["seconds"], items["bytes"]
         self.num_unsaved = items["num_unsaved"]
         self.first_failure = items["first_failure"]
-        rows = []
-        if self.table.exists():
-            with open(self.table, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if _is_before(row, counts["position"])]
-        _write_rows(self.table, rows)
+        self.table.resume(items["table"])
         return problems
 
     def run(self, after: Callable[[dict[str, Any]], None], num_workers: int = 0) -> None:
@@ -80,20 +75,13 @@ class Adaptation:
             after: Called with the row of each batch when that is done.
             num_workers: Processes that make batches ahead of time.
         """
-        start = self.adapter.counts.position
-        if start == 0:
-            _write_rows(self.table, [])
-        with open(self.table, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            for batch in self.stream.batches(start, num_workers):
-                row = self._batch(batch)
-                writer.writerow(row)
-                done = batch.position + 1
-                if done % self.save_every == 0 or done == len(self.stream):
-                    file.flush()
-                    os.fsync(file.fileno())  # the rows before the state that says they are done
-                    self._save()
-                after(row)
+        for batch in self.stream.batches(self.adapter.counts.position, num_workers):
+            row = self._batch(batch)
+            self.rows.append(row)
+            done = batch.position + 1
+            if done % self.save_every == 0 or done == len(self.stream):
+                self._save()
+            after(row)
 
     def _batch(self, batch: StreamBatch) -> dict[str, Any]:
         if batch.position in self.stream.restarts:
@@ -141,7 +129,7 @@ class Adaptation:
         return result, seconds
 
     def _save(self) -> None:
-        """Save everything as one; a disk that fails does not stop the stream."""
+        """Save everything as one, the rows first; a disk that fails does not stop the stream."""
         saved = self.adapter.state_dict()
         tensors = with_part(with_part({}, "adapter", saved["state"]), "scores", self.scores.tensors)
         items = {
@@ -152,7 +140,9 @@ class Adaptation:
             "first_failure": self.first_failure,
         }
         try:
-            self.store.save(tensors, items)
+            self.table.add(self.rows)
+            self.rows.clear()
+            self.store.save(tensors, {**items, "table": self.table.state()})
         except OSError as error:
             self.num_unsaved += 1
             warnings.warn(
@@ -217,17 +207,3 @@ def _reasons(answer: Answer, batch: StreamBatch) -> str:
     """Why the step failed, if it did, and why images were refused: their file's fault first."""
     refused = zip(batch.faults, answer.refusals, strict=True)
     return "; ".join(filter(None, [answer.reason, *(fault or why for fault, why in refused)]))
-
-
-def _is_before(row: dict[str, Any], position: int) -> bool:
-    """Whether a row of the table is whole and of a batch before `position`."""
-    return row.get(COLUMNS[-1]) is not None and int(row["position"]) < position
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    part_file = path.with_suffix(".part")
-    with open(part_file, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part_file, path)

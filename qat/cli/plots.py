@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qat import disk
 from qat.quantizers.slots import Slot
 from qat.search.allocate import Frontier
 from qat.search.sensitivity import Table
@@ -92,7 +93,8 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure).print_png(str(path))
+    with disk.replacing(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -1,7 +1,6 @@
 """The journal of a run folder: a progress bar with the time left, losses, finished stages."""
 
-import csv
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qat import disk
+from qat.cli.tables import GrowingTable
 from qat.journal import Journal
+
+STAGE = "lowbit-vit-stage/1"
+"""Kind of the files that finished stages are kept in, before the name of the stage."""
 
 
 class RunJournal(Journal):
@@ -27,7 +31,7 @@ class RunJournal(Journal):
     def __init__(
         self, folder: Path, console: Console, *, resume: bool = False, waits: bool = False
     ) -> None:
-        self.table = folder / "reconstruction.csv"
+        self.table = GrowingTable(folder / "reconstruction.csv")
         self.stages = folder / "stages"
         self.notes: dict[str, Any] = {}
         self.resume, self.waits = resume, waits
@@ -67,28 +71,28 @@ class RunJournal(Journal):
         self.rows.append({"part": part, "step": step, **losses})
 
     def finish(self, part: str, state: Mapping[str, Any]) -> None:
-        """Write the stage, atomically, then its losses."""
+        """Write the stage with its losses, then the table."""
         self.stages.mkdir(parents=True, exist_ok=True)
-        path = self._path(part)
-        torch.save(dict(state), path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        content = io.BytesIO()
+        torch.save({"state": dict(state), "rows": self.rows}, content)
+        disk.write(self._path(part), disk.seal(f"{STAGE} {part}", content.getvalue()))
         if not self.parts_left:
             self.progress.stop()
-        if not self.rows:
-            return
-        new = not self.table.exists()
-        with open(self.table, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(self.rows)
+        self.table.add(self.rows)
 
     def finished(self, part: str) -> Mapping[str, Any] | None:
-        """The stage, if this run continues one that came so far."""
+        """The stage, if this run continues one that came so far; a damaged one is made anew."""
         path = self._path(part)
         if not self.resume or not path.exists():
             return None
-        return torch.load(path, weights_only=True)
+        try:
+            content = io.BytesIO(disk.unseal(f"{STAGE} {part}", path.read_bytes()))
+        except ValueError as error:
+            self.progress.console.print(f"{part} is made anew; of its file, {error}")
+            return None
+        found = torch.load(content, weights_only=True)
+        self.table.add(found["rows"])
+        return found["state"]
 
     def clear(self) -> None:
         """Delete the stages: the run is complete and its checkpoint written."""

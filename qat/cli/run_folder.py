@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from qat import checkpoint as files
+from qat import disk
 
 NAME_FOR_OTHERS = "LOWBIT_RUN_DIR"
 
@@ -83,9 +84,7 @@ class RunFolder:
     @rank_zero_only
     def write_metrics(self, items: dict[str, Any]) -> None:
         """Write `metrics.json`, atomically."""
-        part = self.metrics.with_suffix(".part")
-        part.write_text(json.dumps(items, indent=2) + "\n")
-        os.replace(part, self.metrics)
+        disk.write(self.metrics, json.dumps(items, indent=2) + "\n")
 
     def read_metrics(self) -> dict[str, Any]:
         """Read `metrics.json`."""
@@ -96,5 +95,5 @@ class RunFolder:
         path = self.path / "tracker_id"
         if not path.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            path.write_text(os.urandom(4).hex())
+            disk.write(path, os.urandom(4).hex())
         return path.read_text()

@@ -15,6 +15,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
+from qat import disk
 from qat.cli.console import console
 from qat.cli.preflight import require_evaluation
 from qat.cli.processes import ONE, Processes, adopt_slurm, left_aside, placed, shared
@@ -180,7 +181,7 @@ class Session:
         To be called once all is checked, so that a refused run leaves no folder behind.
         """
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        self.folder.recipe.write_text(self.recipe)
+        disk.write(self.folder.recipe, self.recipe)
 
     def require_new(self) -> None:
         """Refuse a folder that holds a run.

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from qat import disk
 from qat.diffusion.measure import Prediction, Verdict, frechet, in_parts, predict
 from qat.diffusion.schedule import NoiseSchedule
 
@@ -77,7 +78,8 @@ class Look:
     def save(self, path: Path) -> None:
         """Write the samples as one image, a column for each class."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(self.samples[:100] / 2 + 0.5, path, nrow=10)
+        with disk.replacing(path) as file:
+            save_image(self.samples[:100] / 2 + 0.5, file, "png", nrow=10)
 
 
 def look_at(

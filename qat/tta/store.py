@@ -2,13 +2,11 @@
 
 A generation is one file: a line with the format and the SHA-256 of all that follows, a line of JSON
 (the manifest: which model, which method, counts, SHA-256 of every tensor), then the tensors in the
-safetensors format. Nothing in it is executed. A save writes a temporary file, syncs it, and puts it
-in the place of the *older* generation, so at every moment one whole generation is on the disk.
+safetensors format. Nothing in it is executed. A save replaces the *older* generation, by way of
+`qat.disk`, so at every moment one whole generation is on the disk.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from qat import disk
 from qat.checkpoint import digest
 
-FORMAT = "lowbit-vit-stream/1"
+FORMAT = "lowbit-vit-stream/2"
 SLOTS = ("state-0.stream", "state-1.stream")
 
 
@@ -49,14 +48,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         generation = self.generation + 1
         target = self.folder / SLOTS[generation % 2]
-        part = target.with_suffix(".part")
-        content = pack(tensors, {**self._header(generation), "items": items})
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-        _sync_folder(self.folder)
+        disk.write(target, pack(tensors, {**self._header(generation), "items": items}))
         self.generation = generation
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
@@ -107,8 +99,7 @@ def pack(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     hashes = {name: digest({name: value}) for name, value in tensors.items()}
     line = json.dumps({**manifest, "sha256": hashes}, sort_keys=True).encode()
-    body = line + b"\n" + save(tensors)
-    return f"{FORMAT} {hashlib.sha256(body).hexdigest()}\n".encode() + body
+    return disk.seal(FORMAT, line + b"\n" + save(tensors))
 
 
 def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,12 +108,7 @@ def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: If a byte of it is not as it was written.
     """
-    seal, _, body = content.partition(b"\n")
-    expected = f"{FORMAT} {hashlib.sha256(body).hexdigest()}".encode()
-    if not seal.startswith(f"{FORMAT} ".encode()):
-        raise ValueError(f"it is no {FORMAT} file, it begins with {seal[:24]!r}")
-    if seal != expected:
-        raise ValueError("it is damaged: its bytes do not match their hash")
+    body = disk.unseal(FORMAT, content)
     line, _, rest = body.partition(b"\n")
     try:
         manifest = json.loads(line)
@@ -138,11 +124,3 @@ def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _short(value: Any) -> str:
     return str(value)[:60]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

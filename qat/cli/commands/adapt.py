@@ -178,7 +178,7 @@ def adapt(session: Session, shared: Path | None = None) -> None:
         }
         report(loggers, {f"error/{row['corruption']}": row["error"] for row in items["table"]})
         finish(session.folder, loggers, items)
-    stream_plot(adaptation.table, folder / "stream.png")
+    stream_plot(adaptation.table.path, folder / "stream.png")
 
 
 def compare(session: Session) -> None:

@@ -1,16 +1,15 @@
 """`search`: bits for every component under a budget, written as a plan that other commands read."""
 
-import csv
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import Tensor, nn
 
+from qat import disk
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
@@ -194,7 +193,8 @@ def _write_frontier(
     point: tuple[float, float],
     measure: pmq.Measure,
 ) -> None:
-    _write_rows(folder / "frontier.csv", pmq.frontier_rows(front, task.constant, measure))
+    rows = pmq.frontier_rows(front, task.constant, measure)
+    disk.write(folder / "frontier.csv", disk.csv_of(rows))
     edge = hull(task.components)
     frontier_plot(front, edge, task.constant, point, measure, folder / "frontier.png")
 
@@ -206,12 +206,5 @@ def _write_sensitivities(folder: Path, omega: Table, chosen: dict[pmq.Slot, int]
         for slot, row in omega.items()
         for bits, value in row.items()
     ]  # fmt: skip
-    _write_rows(folder / "sensitivity.csv", rows)
+    disk.write(folder / "sensitivity.csv", disk.csv_of(rows))
     sensitivity_plot(omega, chosen, 4, folder / "sensitivity.png")
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -267,7 +267,7 @@ def test_failing_disk_does_not_stop_the_stream_and_is_counted(
 ) -> None:  # goal R9
     found, whole = _adaptation(tmp_path / "a", "tent"), _adaptation(tmp_path / "b", "tent")
     for each in (found, whole):
-        each.table.parent.mkdir()
+        each.table.path.parent.mkdir()
     exact, calls = os.replace, []
 
     def fail(source: Any, target: Any) -> None:

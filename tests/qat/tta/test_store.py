@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat import disk
 from qat.checkpoint import digest
-from qat.tta import store
 from qat.tta.store import FORMAT, SLOTS, Store, pack, unpack
 
 IDENTITY = {"model": "abc", "method": {"class_path": "qat.tta.tent.Tent"}}
@@ -175,7 +175,7 @@ def test_failing_disk_leaves_the_last_good_state_and_a_later_save_works(
 
     with monkeypatch.context() as patch:
         if operation in ("open", "write"):
-            patch.setattr(store, "open", fail if operation == "open" else Full, raising=False)
+            patch.setattr(disk, "open", fail if operation == "open" else Full, raising=False)
         else:
             patch.setattr(os, operation, fail)
         with pytest.raises(OSError, match=os.strerror(code)):
