@@ -15,7 +15,7 @@ of `PATHS`.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,15 @@ def _merge(below: Any, above: Any) -> Any:
     for key, value in above.items():
         merged[key] = _merge(below[key], value) if key in below else value
     return merged
+
+
+def differences(theirs: Any, ours: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Keys in which two recipes differ, and the value of each."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in theirs | ours:
+            yield from differences(theirs.get(name), ours.get(name), f"{key}.{name}".lstrip("."))
+    elif theirs != ours:
+        yield key, theirs, ours
 
 
 class RecipeFile(ActionConfigFile):

@@ -2,13 +2,16 @@
 
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
+from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.cli import LightningArgumentParser
@@ -19,7 +22,9 @@ from qat import disk
 from qat.cli.console import console
 from qat.cli.preflight import require_evaluation
 from qat.cli.processes import ONE, Processes, adopt_slurm, left_aside, placed, shared
+from qat.cli.recipe import differences
 from qat.cli.run_folder import RunFolder
+from qat.lightning.checkpoint_io import WholeFiles
 from qat.lightning.data import VisionData
 from qat.lightning.tasks import Remembered, Task
 from qat.lightning.training import Training, converted, plan_for
@@ -209,12 +214,26 @@ class Session:
             return False
         if not folder.recipe.exists():
             raise ValueError(f"no run to continue in '{folder.path}'; leave --ckpt_path out")
-        if folder.recipe.read_text() != self.recipe:
-            raise ValueError(
-                f"the run in '{folder.path}' had another recipe; continue it with the one kept in "
-                "its config.yaml, or choose another --run_dir"
-            )
+        self.require_same_recipe()
         return True
+
+    def require_same_recipe(self, free: Collection[str] = ()) -> None:
+        """Refuse to continue a run that had another recipe.
+
+        Args:
+            free: Keys in which it may differ.
+
+        Raises:
+            ValueError: Naming the first key that differs and both values.
+        """
+        theirs, ours = self.folder.read_recipe(), yaml.safe_load(self.recipe)
+        for key, kept, asked in differences(theirs, ours):
+            if key not in free:
+                raise ValueError(
+                    f"the run in '{self.folder.path}' had another recipe: {key} is {kept!r:.60} "
+                    f"there and {asked!r:.60} here; continue it with the one kept in its "
+                    "config.yaml, or choose another --run_dir"
+                )
 
     def items(self, device: Any) -> dict[str, Any]:
         """What every `metrics.json` says of its run."""
@@ -232,7 +251,7 @@ class Session:
         """Where a trainer works: in which folder, on which devices, as which process."""
         return {
             "default_root_dir": str(self.folder.path),
-            "plugins": [*_as_list(made["plugins"]), LightningEnvironment()],
+            "plugins": [*_with_checkpoint_io(_as_list(made["plugins"])), LightningEnvironment()],
             **placed(self.config.trainer, self.here),
         }
 
@@ -246,6 +265,23 @@ def _folder(run_dir: str | None, recipe: str, here: Processes) -> RunFolder:
     folder = RunFolder.named(None, recipe)
     shared(str(folder.path), here)
     return folder
+
+
+def in_run_folder(run: Callable[[Session], None]) -> Callable[[Session], None]:
+    """A command that has its run folder for itself as long as it runs."""
+
+    @wraps(run)
+    def claiming(session: Session) -> None:
+        with session.folder.claimed() as folder:
+            run(replace(session, folder=folder))
+
+    return claiming
+
+
+def _with_checkpoint_io(plugins: list[Any]) -> list[Any]:
+    """Plugins of a trainer, ours for checkpoints among them unless there is another."""
+    has_one = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if has_one else [*plugins, WholeFiles()]
 
 
 def _recipe_name(config: Namespace) -> str:

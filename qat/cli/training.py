@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from qat import checkpoint as files
 from qat.cli.console import check_coverage, console
 from qat.cli.evaluation import evaluate, model_items
 from qat.cli.preflight import Schedule, require_monitors, require_training
@@ -21,6 +22,11 @@ from qat.lightning.data import VisionData
 from qat.lightning.training import Training
 from qat.quantizers import quantizers
 
+LENGTH = frozenset(
+    f"trainer.{name}" for name in ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
+)
+"""What a run that is continued may have otherwise: how long it trains."""
+
 
 def train(session: Session) -> None:
     """Train, evaluate, and write `metrics.json`; what has to be trained first comes first."""
@@ -29,7 +35,7 @@ def train(session: Session) -> None:
     resume = _checkpoint_to_resume(session)
     session.initialised()  # a misspelt initialiser is refused before a teacher is trained
     evaluator = session.evaluator()  # likewise an accelerator that is not there
-    session = with_judge(with_teacher(session))
+    asked, session = session, with_judge(with_teacher(session))
     session.prepare()
     data = session.data()
     data.require_labels()
@@ -40,8 +46,8 @@ def train(session: Session) -> None:
     schedule = Schedule.of(evaluator, data)
     logged = (*module.measures, *OscillationTracker.measures)
     require_monitors(session.callbacks(), logged, schedule)
-    if resume is None and is_first_process():
-        session.keep_recipe()
+    if is_first_process():
+        asked.keep_recipe()
     tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
     callbacks = [interrupt, *_checkpoints(session, schedule)]
     if any(True for _ in quantizers(module.model)):
@@ -60,6 +66,7 @@ def train(session: Session) -> None:
             folder = session.folder.path
             console.print(f"interrupted; continue with --run_dir {folder} --ckpt_path last")
             raise KeyboardInterrupt
+        _keep_trained(trainer, module, session.folder.last)
         items = {
             **session.items(trainer.strategy.root_device),
             **_measured(session, module, data, evaluator),
@@ -140,6 +147,17 @@ def short(session: Session) -> Session:
     return session.changed({f"trainer.{key}": value for key, value in settings.items()})
 
 
+def _keep_trained(trainer: Trainer, module: Training, last: Path) -> None:
+    """Save the model that training ends with, if the last checkpoint holds another one.
+
+    Callbacks that average weights put them into the model when the last epoch is over.
+    """
+    trained = files.digest(module.model.state_dict())
+    kept = files.read(last)[files.MANIFEST]["sha256"] if last.exists() else None
+    if trainer.strategy.broadcast(kept != trained):  # one answer for all processes
+        trainer.save_checkpoint(last)
+
+
 def _checkpoints(session: Session, schedule: Schedule) -> list[ModelCheckpoint]:
     """The last state, written each epoch and on any exception, and the best one validated."""
     monitor, mode = session.task().monitor
@@ -163,7 +181,10 @@ def _checkpoint_to_resume(session: Session) -> Path | None:
     begun = (folder.path / "teacher").is_dir() and not folder.last.exists()
     if path == "last" and begun and not folder.metrics.exists():
         return None
-    return folder.checkpoint_to_resume(path)
+    resume = folder.checkpoint_to_resume(path)
+    if resume is not None and folder.recipe.exists():
+        session.require_same_recipe(free=LENGTH)
+    return resume
 
 
 def _step(path: Path) -> int:

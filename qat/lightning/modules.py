@@ -107,6 +107,12 @@ class Distillation(Training):
                 self._taps = [FeatureTap(m, layers) for m in (self.model, self.teacher)]
         super().on_fit_start()
 
+    def on_fit_end(self) -> None:
+        """Leave the compared layers alone again."""
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         images, labels = batch

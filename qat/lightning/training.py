@@ -72,6 +72,10 @@ class Training(LightningModule):
         self.compiles = compile
         self._rng_state: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: not the journal, which is that of one run."""
+        return {**super().__getstate__(), "journal": NoJournal()}
+
     @property
     @abstractmethod
     def measures(self) -> tuple[str, ...]:

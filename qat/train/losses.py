@@ -12,6 +12,7 @@ the teacher's entropy, a constant.
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -137,11 +138,15 @@ class FeatureTap:
         ]
         if not names:
             raise ValueError(f"objective.feature_layers '{pattern}' matches no module")
-        for name in names:
-            model.get_submodule(name).register_forward_hook(self._hook(name))
+        self.handles = [
+            model.get_submodule(name).register_forward_hook(partial(self._keep, name))
+            for name in names
+        ]
 
-    def _hook(self, name: str):
-        def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self.features[name] = output
+    def remove(self) -> None:
+        """Stop to collect."""
+        for handle in self.handles:
+            handle.remove()
 
-        return keep
+    def _keep(self, name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self.features[name] = output

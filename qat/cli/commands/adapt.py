@@ -25,7 +25,7 @@ from qat.cli.evaluation import model_items
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.plots import stream_plot
 from qat.cli.progress import RunJournal
-from qat.cli.session import Session
+from qat.cli.session import Session, in_run_folder
 from qat.cli.start import is_quantized, loaded, started
 from qat.cli.trackers import finish, report, trackers
 from qat.component import describe
@@ -104,6 +104,7 @@ def add_adaptation_arguments(parser: LightningArgumentParser) -> None:
     )
 
 
+@in_run_folder
 def run(session: Session) -> None:
     """Adapt once, or once for each choice of the grid, and print a table."""
     if session.config.grid is None:

@@ -6,7 +6,7 @@ from rich.table import Table
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import console
 from qat.cli.run_folder import RunFolder, is_first_process
-from qat.cli.session import Session
+from qat.cli.session import Session, in_run_folder
 from qat.cli.training import train
 
 
@@ -16,6 +16,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_training_arguments(parser)
 
 
+@in_run_folder
 def run(session: Session) -> None:
     """Train as the recipe says, evaluate, and print the comparison with the teacher."""
     train(session)

@@ -21,7 +21,7 @@ from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items, patchwise_as_asked
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.progress import RunJournal
-from qat.cli.session import Session
+from qat.cli.session import Session, in_run_folder
 from qat.cli.start import started
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
@@ -45,6 +45,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_patchwise_argument(parser)
 
 
+@in_run_folder
 def run(session: Session) -> None:
     """Quantize once, or once for each choice of the grid, and print a table."""
     session = started(session)

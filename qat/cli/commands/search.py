@@ -15,7 +15,7 @@ from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
 from qat.cli.plots import frontier_plot, sensitivity_plot
 from qat.cli.progress import RunJournal
-from qat.cli.session import Session
+from qat.cli.session import Session, in_run_folder
 from qat.cli.start import started
 from qat.cli.trackers import finish, trackers
 from qat.cost.count import cost
@@ -83,6 +83,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(Search, "search", instantiate=False)
 
 
+@in_run_folder
 def run(session: Session) -> None:
     """Measure, choose, write the plan, and check that it loads and converts."""
     session = started(session)

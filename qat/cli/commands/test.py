@@ -6,7 +6,7 @@ from torch import nn
 from qat.cli.arguments import add_patchwise_argument, add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import evaluate, patchwise_as_asked
-from qat.cli.session import Session
+from qat.cli.session import Session, in_run_folder
 from qat.cli.start import loaded
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
@@ -19,6 +19,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     add_patchwise_argument(parser)
 
 
+@in_run_folder
 def run(session: Session) -> None:
     """Evaluate, print and write `metrics.json`."""
     session.require_new()
@@ -28,7 +29,6 @@ def run(session: Session) -> None:
     check_coverage(model, session.config.require_coverage)
     say_untrained(model)
     evaluator = session.evaluator()
-    session.folder.path.mkdir(parents=True, exist_ok=True)
     session = with_judge(session)
     with trackers(session) as loggers:
         with patchwise_as_asked(session, model):
