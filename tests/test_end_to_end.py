@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -118,6 +119,49 @@ def test_resumed_run_continues_with_longer_training(tmp_path: Path) -> None:
     fit(recipe, tmp_path / "run")
     more = ("--ckpt_path", "last", "--trainer.max_epochs", 3)
     assert fit(recipe, tmp_path / "run", *more)["epochs"] == 3
+    assert "max_epochs: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("--model.optimizer.init_args.lr", 0.5),
+            "model.optimizer.init_args.lr is 0.002 there and 0.5 here",
+        ),
+        (("--seed_everything", 5), "seed_everything is 0 there and 5 here"),
+        (("--data.batch_size", 16), "data.batch_size is 64 there and 16 here"),
+    ],
+    ids=["lr", "seed", "batch size"],
+)
+def test_run_of_another_recipe_is_not_continued(
+    words: tuple[object, ...],
+    told: str,
+    teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(teacher.parents[1], tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = ("--config", "configs/digits_teacher.yaml", "--run_dir", tmp_path / "run")
+    length = ("--trainer.max_epochs", 1)
+    assert run("fit", *config, *length, *words, "--ckpt_path", "last") == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "had another recipe" in line and told in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_last_checkpoint_is_the_averaged_model_that_was_measured(tmp_path: Path) -> None:
+    settings = {"swa_lrs": 0.01, "swa_epoch_start": 1}
+    averaging = "pytorch_lightning.callbacks.StochasticWeightAveraging"
+    callbacks = [{"class_path": averaging, "init_args": settings}]
+    trainer = {"max_epochs": 2, "limit_train_batches": 2, "callbacks": callbacks}
+    recipe = _resumable(tmp_path, 0, trainer=trainer)
+    found = fit(recipe, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    words = ("--config", recipe, "--run_dir", tmp_path / "test", "--ckpt_path", last)
+    assert run("test", *words) == 0
+    assert metrics(tmp_path / "test")["loss"] == found["loss"]
 
 
 def test_teacher_recipe_is_trained_first_and_once(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from argparse import ArgumentTypeError
 from typing import Any
 
+import torch
 import yaml
+from jsonargparse.typing import register_type
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 
@@ -12,6 +14,8 @@ from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
 from qat.lightning.tasks import Task
 from qat.patchwise import PatchBits
+
+register_type(torch.device)  # a setting of callbacks; else a recipe that is kept would lack it
 
 
 def add_run_arguments(parser: LightningArgumentParser) -> None:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ class RunFolder:
     def _made(self) -> tuple["RunFolder", bool]:
         """The folder, and whether it is new."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        names = (str(self.path) + (f"-{i}" if i else "") for i in count())
-        for name in names if self.is_made_up else [str(self.path)]:
+        further = (f"{self.path}-{number}" for number in count(2)) if self.is_made_up else ()
+        for name in chain([str(self.path)], further):
             with suppress(FileExistsError):
                 os.mkdir(name)
                 return RunFolder(name), True

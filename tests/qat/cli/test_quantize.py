@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,16 @@ def test_reconstruction_writes_its_losses_and_cleans_up(trained: Path, tmp_path:
     assert not (tmp_path / "run" / "stages").exists()
 
 
+def _flip(path: Path) -> None:
+    """Turn a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [lambda _: None, _flip], ids=["whole", "flipped bit"])
 def test_interrupted_run_continues_to_the_same_model(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Path], None], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _quantize(trained, tmp_path / "whole")
     exact = mgrq.TokenSupervision.__call__
@@ -108,6 +117,7 @@ def test_interrupted_run_continues_to_the_same_model(
     assert runs.run("quantize", *words) == 130
     stages = tmp_path / "run" / "stages"
     assert [path.name for path in stages.iterdir()] == ["patch_embed.ckpt"]
+    damage(stages / "patch_embed.ckpt")
     monkeypatch.setattr(mgrq.TokenSupervision, "__call__", exact)
     found = _quantize(trained, tmp_path / "run", "--ckpt_path", "last")
     assert found["resumed"] and not whole["resumed"]
@@ -115,6 +125,8 @@ def test_interrupted_run_continues_to_the_same_model(
         qat.load(tmp_path / name / "model.ckpt").state_dict() for name in ("whole", "run")
     )
     assert all(torch.equal(v, second[k]) for k, v in first.items() if isinstance(v, torch.Tensor))
+    tables = [(tmp_path / name / "reconstruction.csv").read_text() for name in ("whole", "run")]
+    assert tables[0] == tables[1]
 
 
 def test_grid_runs_every_choice_and_skips_those_that_are_done(

@@ -1,13 +1,21 @@
 """The run folder: what is in it, what it refuses, and that it is enough to repeat the run."""
 
+import contextlib
 import csv
 import json
+import multiprocessing
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qat.cli.curves import Curves, rows_before
+from qat.cli.main import open_session
 from qat.cli.run_folder import RunFolder
+from qat.lightning.checkpoint_io import WholeFiles
 from tests import runs
 
 EVERY_RUN = {
@@ -33,6 +41,140 @@ def test_folder_has_the_name_asked_for_or_that_of_recipe_and_time() -> None:
     assert RunFolder.named("some/where", "recipe").path == Path("some/where")
     path = RunFolder.named(None, "recipe").path
     assert re.fullmatch(r"runs/recipe-\d{8}-\d{6}", str(path))
+
+
+def test_runs_that_start_in_one_second_get_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20261128-193116")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(RunFolder.named(None, "recipe").claimed()) for _ in range(3)]
+        names = [str(folder.path) for folder in folders]
+        first = "runs/recipe-20261128-193116"
+        assert names == [first, f"{first}-2", f"{first}-3"]
+        folders[0].write_metrics({})
+    assert [path.name for path in Path("runs").iterdir()] == [Path(first).name]
+
+
+def _hold(folder: Path, ready: Any, release: Any) -> None:
+    with RunFolder(folder).claimed():
+        ready.set()
+        release.wait(60)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[Any]:
+    """Another process that has a folder; the process, and what lets it end."""
+    context = multiprocessing.get_context("fork")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(folder, ready, release))
+    process.start()
+    assert ready.wait(60)
+    try:
+        yield process
+    finally:
+        release.set()
+        process.join()
+
+
+def test_folder_that_another_process_has_is_refused_in_one_line_until_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / "run") as process:
+        words = ("--config", "configs/digits_teacher.yaml", "--run_dir", tmp_path / "run")
+        assert runs.run("test", *words) == 1
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and f"is in use by process {process.pid} on" in line
+        (tmp_path / "run" / "metrics.json").write_text("{}")
+    with RunFolder(tmp_path / "run").claimed():
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.json"]
+
+
+def test_lock_and_unfinished_files_of_a_killed_process_block_nothing(tmp_path: Path) -> None:
+    with held(tmp_path / "run") as process:
+        process.kill()
+        process.join()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / ".last.ckpt.1-2.part").write_text("half")
+    assert (tmp_path / "run" / ".lock").exists()
+    with RunFolder(tmp_path / "run").claimed() as folder:
+        folder.write_metrics({})
+    found = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert found == ["metrics.json"]
+
+
+def test_worker_that_outlives_its_process_does_not_hold_the_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    release = context.Event()
+    with RunFolder(tmp_path / "run").claimed():
+        worker = context.Process(target=release.wait, args=(60,))
+        worker.start()
+    with held(tmp_path / "run"):
+        pass
+    release.set()
+    worker.join()
+
+
+def test_run_dir_that_is_a_file_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        words = ("--config", "configs/digits_teacher.yaml", "--run_dir", path)
+        assert runs.run("test", *words) == 1
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and "cannot be used" in line and "--run_dir" in line
+
+
+@pytest.mark.parametrize("content", ["", "seed_every", "- a\n", "a: [1,\n", "\0"])
+def test_torn_recipe_is_told_as_such(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"is empty or damaged.*start anew"):
+        RunFolder(tmp_path).read_recipe()
+
+
+def test_torn_metrics_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"top1": 0.8')
+    with pytest.raises(
+        ValueError, match=r"metrics\.json' is damaged .*delete it to run this again"
+    ):
+        RunFolder(tmp_path).read_metrics()
+
+
+def test_torn_last_row_of_the_curves_is_left_out_and_a_damaged_table_is_told(
+    tmp_path: Path,
+) -> None:
+    table = tmp_path / "metrics.csv"
+    table.write_text("epoch,step,train/loss\n0,0,3.0\n0,1")
+    assert [row["step"] for row in rows_before(table, 4)] == ["0"]
+    table.write_text("epoch,step,train/loss\n0,zero,3.0\n")
+    with pytest.raises(ValueError, match="is damaged, so its curves cannot be continued"):
+        rows_before(table, 4)
+
+
+def test_curves_that_gain_a_column_keep_every_row(tmp_path: Path) -> None:
+    curves = Curves(tmp_path / "metrics.csv", [])
+    for step in range(3):
+        curves.log_metrics({"loss": 1.0}, step)
+        curves.save()
+    curves.log_metrics({"top1": 0.5}, 2)
+    curves.save()
+    assert curves.path.read_text().split() == [
+        "loss,step,top1",
+        "1.0,0,",
+        "1.0,1,",
+        "1.0,2,",
+        ",2,0.5",
+    ]
+
+
+def test_training_checkpoints_are_written_whole(tmp_path: Path) -> None:
+    words = ("--config", "configs/digits_teacher.yaml", "--run_dir", str(tmp_path))
+    with contextlib.chdir(runs.ROOT):
+        trainer = open_session("fit", *words).trainer()
+    assert isinstance(trainer.strategy.checkpoint_io, WholeFiles)
 
 
 def test_new_folder_resumes_from_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training steps: what decays, what is calibrated, what the teacher and the regularizer do."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -10,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from rich.console import Console
 from torch import Tensor, nn
 
 import qat
@@ -18,6 +25,7 @@ from binaryvit.grs import GRS, DistancePull, constant
 from binaryvit.quantizers import BinaryWeight
 from qat.card import amend, expected_by
 from qat.checkpoint import MANIFEST, digest, read
+from qat.cli.progress import RunJournal
 from qat.data.sources import digits, subset
 from qat.journal import Journal
 from qat.layers import quantized_weights
@@ -356,6 +364,38 @@ def test_averaged_weights_are_what_the_final_checkpoint_of_an_ema_run_holds(
     loaded = qat.load(tmp_path / "checkpoints" / "last.ckpt")
     assert {q.phase for _, q in quantizers(loaded)} == {Phase.QUANTIZE}
     assert torch.equal(loaded(images), module.model.eval()(images))
+
+
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        WeightAveraging(),
+        EMAWeightAveraging(decay=0.5),
+        StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_callbacks_that_copy_the_module_work_where_a_run_listens(
+    averaging: Callback, tmp_path: Path
+) -> None:
+    module = _lsq()
+    with RunJournal(tmp_path, Console(quiet=True)) as module.journal:
+        fit(module, tmp_path, averaging, max_epochs=2)
+    assert isinstance(module.journal, RunJournal)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_module_that_was_trained_can_be_copied_and_pickled(
+    copied: Any, saved: str, tmp_path: Path, images: Tensor
+) -> None:
+    objective = Objective(hard=1.0, feature=1.0, feature_layers="blocks.*")
+    module = Distillation(make_tiny_vit(), saved, plan(4).to_list(), objective=objective)
+    module.journal = RunJournal(tmp_path, Console(quiet=True))
+    fit(module, tmp_path)
+    other = copied(module)
+    assert torch.equal(other.eval()(images), module.eval()(images))
+    fit(other, tmp_path)
 
 
 def test_metrics_of_validation_are_those_of_the_images(tmp_path: Path) -> None:
