@@ -151,6 +151,7 @@ def test_run_of_another_recipe_is_not_continued(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.filterwarnings("ignore:SWA is currently only", "ignore:Swapping scheduler")
 def test_last_checkpoint_is_the_averaged_model_that_was_measured(tmp_path: Path) -> None:
     settings = {"swa_lrs": 0.01, "swa_epoch_start": 1}
     averaging = "pytorch_lightning.callbacks.StochasticWeightAveraging"
