@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from qat import disk
 from qat.cli.recipe import PACKAGE
 from qat.documents import read_yaml
 from qat.plan import nearest
@@ -139,8 +140,8 @@ def record(
         "commit": commit(),
         "measures": {key: metrics[key] for key in dict.fromkeys(keys) if key in metrics},
     }
-    with path.open("a") as file:
-        file.write(f"{json.dumps(run)}\n")
+    size = path.stat().st_size if path.exists() else 0
+    disk.append(path, size, f"{json.dumps(run)}\n".encode())
     return run
 
 
