@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.cli.stream_scores import Scores
+from qat.card import card_of
+from qat.cli.predictions import predictions
+from qat.cli.stream_scores import Agreement, Scores
 from qat.cli.tables import GrowingTable
 from qat.cost.footprint import Footprint
 from qat.data.reading import Refusals
@@ -34,14 +36,25 @@ class Adaptation:
         store: Where its state is saved.
         table: The file with a row a batch.
         save_every: Batches between two saves.
+        predictions: The file with a row an image, for a stream without labels.
     """
 
     def __init__(
-        self, adapter: Adapter, stream: Stream, store: Store, table: Path, save_every: int
+        self,
+        adapter: Adapter,
+        stream: Stream,
+        store: Store,
+        table: Path,
+        save_every: int,
+        predictions: Path | None = None,
     ) -> None:
         self.adapter, self.stream = adapter, stream
         self.store, self.table, self.save_every = store, GrowingTable(table), save_every
-        self.scores = Scores(stream.domains, num_classes_of(adapter.on.model))
+        size = num_classes_of(adapter.on.model)
+        self.scores = Scores(stream.domains, size) if predictions is None else Agreement()
+        self.predictions = None if predictions is None else GrowingTable(predictions)
+        self.names = card_of(adapter.on.model).class_names or [str(i) for i in range(size)]
+        self.answers: list[dict[str, Any]] = []
         self.seconds = {"adapted": 0.0, "source": 0.0}
         self.bytes = {"adapted": 0, "source": 0}
         self.num_unsaved = 0
@@ -66,6 +79,8 @@ class Adaptation:
         self.num_unsaved = items["num_unsaved"]
         self.first_failure = items["first_failure"]
         self.table.resume(items["table"])
+        if self.predictions is not None:
+            self.predictions.resume(items["predictions"])
         return problems
 
     def run(self, after: Callable[[dict[str, Any]], None], num_workers: int = 0) -> None:
@@ -95,14 +110,16 @@ class Adaptation:
             answer.reason if answer.outcome == "rolled back" else ""
         )
         logits = answer.logits.cpu()
-        error, error_source = self.scores.add(logits, source.cpu(), batch.labels, batch.domains)
+        scored = self.scores.add(logits, source.cpu(), batch.labels, batch.domains)
+        if self.predictions is not None:
+            files = [self.stream.file(index) for index in batch.indices.tolist()]
+            self.answers += predictions(files, logits, _faults(answer, batch), self.names)
         return {
             "position": batch.position,
             "domain": "+".join(dict.fromkeys(batch.domains)),
             "n_images": len(batch.labels),
             "n_refused": sum(reason is not None for reason in answer.refusals),
-            "error": round(error, 6),
-            "error_source": round(error_source, 6),
+            **scored,
             "outcome": str(answer.outcome),
             "n_selected": answer.num_selected,
             "n_forward": answer.num_forward,
@@ -142,7 +159,12 @@ class Adaptation:
         try:
             self.table.add(self.rows)
             self.rows.clear()
-            self.store.save(tensors, {**items, "table": self.table.state()})
+            items["table"] = self.table.state()
+            if self.predictions is not None:
+                self.predictions.add(self.answers)
+                self.answers.clear()
+                items["predictions"] = self.predictions.state()
+            self.store.save(tensors, items)
         except OSError as error:
             self.num_unsaved += 1
             warnings.warn(
@@ -204,6 +226,11 @@ def memory_items(adapter: Adapter, peak: int, peak_source: int) -> dict[str, int
 
 
 def _reasons(answer: Answer, batch: StreamBatch) -> str:
-    """Why the step failed, if it did, and why images were refused: their file's fault first."""
+    """Why the step failed, if it did, and why images were refused."""
+    return "; ".join(filter(None, [answer.reason, *_faults(answer, batch)]))
+
+
+def _faults(answer: Answer, batch: StreamBatch) -> list[str | None]:
+    """Why each image was refused: its file's fault first."""
     refused = zip(batch.faults, answer.refusals, strict=True)
-    return "; ".join(filter(None, [answer.reason, *(fault or why for fault, why in refused)]))
+    return [fault or why for fault, why in refused]

@@ -41,7 +41,7 @@ class Scores:
         source: Float[Tensor, "n c"],
         labels: Int64[Tensor, " n"],
         domains: tuple[str, ...],
-    ) -> tuple[float, float]:
+    ) -> dict[str, float]:
         """Count a batch; rows of NaN in `logits` were refused.
 
         Returns:
@@ -62,7 +62,7 @@ class Scores:
             _count(self.tensors[f"{who}.confidence"], bins, confidence.double())
             _count(self.tensors[f"{who}.correct"], bins, right.double())
             _count(self.tensors[f"{who}.count"], bins, torch.ones_like(confidence).double())
-        return shares[0], shares[1]
+        return {"error": round(shares[0], 6), "error_source": round(shares[1], 6)}
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each domain."""
@@ -113,6 +113,39 @@ class Scores:
             self.tensors[f"{who}.{what}"][place] for what in ("confidence", "correct", "count")
         )
         return float((confidence - correct).abs().sum() / count.sum().clamp(min=1))
+
+
+class Agreement:
+    """How often an adapting model answers as the original does, where no class is known.
+
+    A refused image has no answer, and so no part in it.
+    """
+
+    def __init__(self) -> None:
+        self.tensors = {"counts": torch.zeros(3, dtype=torch.int64)}
+
+    def add(
+        self,
+        logits: Float[Tensor, "n c"],
+        source: Float[Tensor, "n c"],
+        labels: Int64[Tensor, " n"],
+        domains: tuple[str, ...],
+    ) -> dict[str, float]:
+        """Count a batch; rows of NaN in `logits` were refused.
+
+        Returns:
+            The share of equal answers.
+        """
+        valid = logits.isfinite().all(1)
+        same = (logits.argmax(1) == source.argmax(1)) & valid
+        self.tensors["counts"] += torch.stack([same.sum(), valid.sum(), torch.tensor(len(valid))])
+        return {"agreement": round(float(same.sum() / valid.sum().clamp(min=1)), 6)}
+
+    def summary(self) -> dict[str, Any]:
+        """The share of equal answers, and counts of images."""
+        same, valid, given = self.tensors["counts"].tolist()
+        counts = {"n_images": given, "n_refused": given - valid, "n_labelled": 0}
+        return {"agreement": same / max(valid, 1), **counts}
 
 
 def _count(into: Tensor, places: tuple[Tensor, Tensor], values: Tensor) -> None:

@@ -32,6 +32,11 @@ class CorruptedImages(Protocol):
         ...
 
     @property
+    def files(self) -> Sequence[str] | None:
+        """Name of each image for people; None where they have none."""
+        ...
+
+    @property
     def cropped(self) -> bool:
         """Whether the images are crops already, which the model's own crop would cut again."""
         ...
@@ -77,6 +82,11 @@ class Generated:
         return self.source.class_names
 
     @property
+    def files(self) -> Sequence[str] | None:
+        """Name of each image for people; None where they have none."""
+        return self.source.files
+
+    @property
     def cropped(self) -> bool:
         """Whether the images are crops already."""
         return self.style == "imagenet"
@@ -120,6 +130,11 @@ class AsTheyCome:
     def class_names(self) -> ClassNames | None:
         """Name of each class; None where they have none."""
         return self.source.class_names
+
+    @property
+    def files(self) -> Sequence[str] | None:
+        """Name of each image for people; None where they have none."""
+        return self.source.files
 
     @property
     def cropped(self) -> bool:

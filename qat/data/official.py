@@ -98,6 +98,7 @@ class CifarC:
 
     cropped = False
     class_names = None
+    files = None
 
     def __init__(self, root: str, clean: Source | None = None, num_classes: int = 10) -> None:
         self.arrays = {path.stem: path for path in Path(root).glob("*.npy")}

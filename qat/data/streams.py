@@ -96,6 +96,15 @@ class Stream:
         """Positions before which the protocol resets the method."""
         return self.schedule.restarts
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the images are known."""
+        return self.source.num_classes > 0
+
+    def file(self, index: int) -> str:
+        """What an image of the data set is called."""
+        return self.source.files[index] if self.source.files else f"image {index}"
+
     def __len__(self) -> int:
         """Number of batches."""
         return len(self.schedule.starts) - 1

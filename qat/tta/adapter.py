@@ -5,6 +5,7 @@ changes the state that it is given, rolling back means not taking the new one.
 """
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, final
 
@@ -148,6 +149,23 @@ class Adapter:
     def reset(self) -> None:
         """Return to the state of the start; counts go on."""
         self._now = (self.initial, self.counts)
+
+    def adapted(self) -> nn.Module:
+        """A copy of the model with its parameters as they are adapted now, to be saved.
+
+        What a method does beside them is not in it: statistics of a batch, prompts, a guard.
+
+        Raises:
+            ValueError: If the method adapts no parameters.
+        """
+        params = part(self.state, "method").get("params")
+        if params is None:
+            raise ValueError(f"{type(self.method).__name__} adapts no parameters of the model")
+        copy = deepcopy(self.on.model)
+        with torch.no_grad():
+            for name, value in self.on.named(params).items():
+                copy.get_parameter(name).copy_(value)
+        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the counts, to be saved as one."""

@@ -29,8 +29,8 @@ from qat.cli.session import Session, in_run_folder
 from qat.cli.start import is_quantized, loaded, started
 from qat.cli.trackers import finish, report, trackers
 from qat.component import describe
-from qat.data.corrupted import CorruptedImages, Generated
-from qat.data.protocols import StreamProtocol
+from qat.data.corrupted import AsTheyCome, CorruptedImages, Generated
+from qat.data.protocols import Arrival, StreamProtocol
 from qat.data.streams import Stream
 from qat.lightning.data import VisionData
 from qat.lightning.training import Initialise
@@ -38,6 +38,7 @@ from qat.tta import Adapter, Guard, Method
 from qat.tta.store import SLOTS, Store
 
 ROWS = {
+    "answers as without adaptation": ("agreement", "{:.4f}"),
     "mean error, without adaptation": ("error_source_mean", "{:.4f}"),
     "mean error": ("error_mean", "{:.4f}"),
     "worst error": ("error_worst", "{:.4f}"),
@@ -110,7 +111,8 @@ def run(session: Session) -> None:
     if session.config.grid is None:
         adapt(session)
         items = session.folder.read_metrics()
-        console.print(corruption_table(items))
+        if "table" in items:
+            console.print(corruption_table(items))
         show(items, ROWS, "Adaptation")
     else:
         compare(session)
@@ -156,7 +158,9 @@ def adapt(session: Session, shared: Path | None = None) -> None:
             model, objects.method, calibration, guard=objects.guard, seed=session.seed
         )
         store = Store(folder, _identity(session, adapter, model, stream))
-        adaptation = Adaptation(adapter, stream, store, folder / "stream.csv", settings.save_every)
+        answers = None if stream.labelled else folder / "predictions.csv"
+        table = folder / "stream.csv"
+        adaptation = Adaptation(adapter, stream, store, table, settings.save_every, answers)
         if resumed:
             _resume(adaptation)
         with Progress(console=console, transient=True) as progress:
@@ -177,9 +181,13 @@ def adapt(session: Session, shared: Path | None = None) -> None:
             **adaptation.items(),
             **model_items(model),
         }
-        report(loggers, {f"error/{row['corruption']}": row["error"] for row in items["table"]})
+        errors = {f"error/{row['corruption']}": row["error"] for row in items.get("table", ())}
+        report(loggers, errors)
+        if not stream.labelled and adapter.own.numel():
+            files.save(adapter.adapted(), folder / "adapted.ckpt")
         finish(session.folder, loggers, items)
-    stream_plot(adaptation.table.path, folder / "stream.png")
+    if stream.labelled:
+        stream_plot(adaptation.table.path, folder / "stream.png")
 
 
 def compare(session: Session) -> None:
@@ -211,7 +219,7 @@ def say_what_never_adapted(session: Session) -> None:
 
 def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:
     """The stream over the evaluation images of a recipe."""
-    images = settings.images or Generated(data.evaluation_source(), settings.style, seed)
+    images = settings.images or _images(settings, data, seed)
     return Stream(
         images,
         settings.protocol,
@@ -221,6 +229,13 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
         settings.num_images,
         card_of(model).class_names,
     )
+
+
+def _images(settings: StreamSettings, data: VisionData, seed: int) -> CorruptedImages:
+    """The photos of a recipe: as they come where that is the protocol, else corrupted."""
+    if not isinstance(settings.protocol, Arrival):
+        return Generated(data.evaluation_source(), settings.style, seed)
+    return AsTheyCome(data.evaluation_source() if data.val.labelled else data.val)
 
 
 def _identity(

@@ -1,12 +1,15 @@
 """Few words: one's own model and photos without a class path."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 import qat
 from qat.cli.recipe import load_recipe
@@ -110,3 +113,31 @@ def test_photos_without_labels_are_refused_where_accuracy_is_asked_for(
     assert runs.run(command, *words, "--run_dir", tmp_path / "run") == 1
     assert "has no labels" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_photos_without_labels_are_answered_in_order_while_the_model_adapts(
+    tmp_path: Path, photos: Path, checkpoint: str
+) -> None:
+    """A broken photo is refused by name; the adapted model is a checkpoint like any other."""
+    (photos / "dark" / "3.png").write_bytes(b"no picture")
+    words = ("--config", "tta/tent", "--model", checkpoint, "--images", photos)
+    run = ("--run_dir", tmp_path / "run", "--stream.batch_size", 4, "--data.num_calibration", 4)
+    assert runs.run("adapt", *words, *run) == 0
+    with open(tmp_path / "run" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    files = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png"))
+    assert [row["image"] for row in rows] == files
+    refused = [row for row in rows if row["refused"]]
+    assert [row["image"] for row in refused] == ["dark/3.png"]
+    assert all(0 < float(row["confidence"]) <= 1 for row in rows if not row["refused"])
+    found = runs.metrics(tmp_path / "run")
+    assert (found["n_images"], found["n_refused"], found["n_labelled"]) == (16, 1, 0)
+    assert found["n_adapted"] > 0 and "error_mean" not in found
+    before, after = (qat.load(p) for p in (checkpoint, tmp_path / "run" / "adapted.ckpt"))
+    changed = {
+        name
+        for name, value in after.state_dict().items()
+        if isinstance(value, Tensor) and not torch.equal(value, before.state_dict()[name])
+    }
+    assert changed and all("norm" in name for name in changed)
