@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +57,25 @@ def test_runs_that_start_in_one_second_get_a_folder_each(
     assert [path.name for path in Path("runs").iterdir()] == [Path(first).name]
 
 
-def _hold(folder: Path, ready: Any, release: Any) -> None:
+def _hold(folder: Path, parent: Any) -> None:
     with RunFolder(folder).claimed():
-        ready.set()
-        release.wait(60)
+        parent.send("ready")
+        parent.recv()
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[Any]:
-    """Another process that has a folder; the process, and what lets it end."""
+    """Another process that has a folder within the block."""
     context = multiprocessing.get_context("fork")
-    ready, release = context.Event(), context.Event()
-    process = context.Process(target=_hold, args=(folder, ready, release))
+    child, parent = context.Pipe()
+    process = context.Process(target=_hold, args=(folder, parent))
     process.start()
-    assert ready.wait(60)
+    assert child.recv() == "ready"
     try:
         yield process
     finally:
-        release.set()
+        with suppress(OSError):  # it was killed
+            child.send("end")
         process.join()
 
 
