@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from qat import checkpoint as files
 from qat.cli.console import check_coverage, console
 from qat.cli.evaluation import evaluate, model_items
+from qat.cli.main import make_parser
 from qat.cli.preflight import Schedule, require_monitors, require_training
 from qat.cli.progress import RunJournal
 from qat.cli.run_folder import RunFolder, is_first_process
@@ -80,7 +81,8 @@ def train(session: Session) -> None:
 def with_teacher(session: Session) -> Session:
     """The session with a checkpoint of the teacher, trained where the recipe says how.
 
-    It is trained in the folder `teacher` of the run folder, unless that is done.
+    It is trained in the folder `teacher` of the run folder, unless that is done, or a run beside
+    this one has trained it already.
     """
     config = session.config
     if not config.teacher_config or config.model.teacher is not None:
@@ -109,18 +111,33 @@ def with_judge(session: Session) -> Session:
 def _train_first(session: Session, name: str, recipe: str) -> str:
     """A model's checkpoint; trains it in `<run folder>/<name>` unless that is done."""
     first = RunFolder(session.folder.path / name)
+    words = ["--config", recipe, "--run_dir", str(first.path)]
+    words += ["--seed_everything", str(session.seed)]
+    if first.last.exists():
+        words += ["--ckpt_path", "last"]
+    parser = make_parser("fit")
+    config = parser.parse_args([*words, *session.flags])
+    training = replace(session.inside(first), command="fit", parser=parser, config=config)
+    if (trained := _trained_beside(training, name)) is not None:
+        console.print(f"{name}: that of '{trained.path}', trained by the same recipe")
+        return str(trained.last)
     if not first.metrics.exists():
-        words = ["--config", recipe, "--run_dir", str(first.path)]
-        words += ["--seed_everything", str(session.seed)]
-        if first.last.exists():
-            words += ["--ckpt_path", "last"]
         console.rule(f"{name}: {recipe}")
         if session.flags:
             console.print(f"the flags {' '.join(session.flags)} hold for the {name} too")
-        config = session.parser.parse_args([*words, *session.flags])
-        train(replace(session.inside(first), command="fit", config=config))
+        train(training)
         console.rule(f"{name} done")
     return str(first.last)
+
+
+def _trained_beside(training: Session, name: str) -> RunFolder | None:
+    """The folder of the same training, finished, in a run folder beside this one."""
+    for path in sorted(training.folder.path.parents[1].glob(f"*/{name}/metrics.json")):
+        folder = RunFolder(path.parent)
+        same = folder.recipe.exists() and folder.recipe.read_text() == training.recipe
+        if same and folder.read_metrics()["torch_version"] == str(torch.__version__):
+            return folder
+    return None
 
 
 def _measured(

@@ -24,7 +24,7 @@ from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
 from qat.cli.start import started
 from qat.cli.trackers import finish, trackers
-from qat.cli.training import with_judge
+from qat.cli.training import with_judge, with_teacher
 from qat.lightning.tasks import Task
 
 ROWS = {
@@ -61,7 +61,7 @@ def quantize(asked: Session) -> None:
     """Initialise, evaluate and save one model into a run folder."""
     config = asked.config
     resume = asked.resumes()
-    session = with_judge(asked)
+    session = with_judge(with_teacher(asked))
     session.prepare()
     task, module, data = session.task(), session.module(), session.data()
     model = module.model
@@ -104,7 +104,7 @@ def quantize(asked: Session) -> None:
 
 def compare(session: Session) -> None:
     """Run every choice of the grid, each into a folder of its own; those that are done stay."""
-    session = with_judge(session)
+    session = with_judge(with_teacher(session))
     task, config = session.task(), session.config
     rows: list[dict[str, Any]] = []
     for rows in run_grid(session, lambda chosen: quantize(continuing(chosen))):

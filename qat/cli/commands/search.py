@@ -18,6 +18,7 @@ from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
 from qat.cli.start import started
 from qat.cli.trackers import finish, trackers
+from qat.cli.training import with_teacher
 from qat.cost.count import cost
 from qat.cost.latency import LatencyTable
 from qat.quantizers import ObserverFactory
@@ -95,6 +96,7 @@ def run(session: Session) -> None:
             "nothing to search: set model.plan to a plan whose operands the search may narrow, "
             "such as w8a8"
         )
+    asked, session = session, with_teacher(session)
     settings = Search(**session.section("search"))
     module, data = session.module(), session.data()
     model = module.model
@@ -112,7 +114,7 @@ def run(session: Session) -> None:
     batches = [images.to(device) for images in data.calibration_batches()]
     labels = data.calibration_labels() if settings.labels else None
     with trackers(session) as loggers:
-        session.keep_recipe()
+        asked.keep_recipe()
         with RunJournal(folder, console) as journal:
             begun = time.monotonic()
             module.initialise(model, batches, journal)
