@@ -19,7 +19,7 @@ from qat.models import num_classes_of
 from qat.tta.answer import Answer, Intake, Outcome, State, Step, scattered, trainable
 from qat.tta.base import Method
 from qat.tta.guard import Guard
-from qat.tta.overlay import Overlay
+from qat.tta.overlay import Overlay, uncompiled
 from qat.tta.parts import at, part, with_part
 
 
@@ -93,6 +93,7 @@ class Adapter:
         guard: Guard | None = None,
         seed: int = 0,
     ) -> None:
+        model = uncompiled(model)
         self.method, self.guard, self.seed = method, guard, seed
         self.intake = Intake.of(expected_by(model))
         self.on = Overlay(model, method.parameters(model))

@@ -7,6 +7,7 @@ no turns, and whoever uses the model meanwhile finds it as it is. Gradients flow
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Mappings of a module that a hook put on its copy goes into."""
+AT_REST = {"training": False, "_compiled_call_impl": None}
+"""What a copy has in its own way: evaluation mode, and no code compiled for the original."""
 Hooks = Callable[[nn.Module], None]
 """Puts hooks on the copy in which a forward pass runs."""
 
@@ -71,6 +74,12 @@ class Overlay:
         return copy(images).float()
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside one that `torch.compile` made, whose code would run that very module."""
+    inside = module._modules.get("_orig_mod")
+    return module if inside is None else inside
+
+
 def copied(module: nn.Module, laid: Mapping[int, Tensor], seen: dict[int, nn.Module]) -> nn.Module:
     """A copy of a module and those within it, in evaluation mode; no tensor is copied.
 
@@ -79,9 +88,13 @@ def copied(module: nn.Module, laid: Mapping[int, Tensor], seen: dict[int, nn.Mod
         laid: Tensors that stand in for parameters, by their `id`. Other parameters are detached.
         seen: The copies made so far, by the `id` of what they are of.
     """
+    module = uncompiled(module)
     if id(module) not in seen:
         seen[id(module)] = copy = object.__new__(type(module))
-        content: dict[str, Any] = module.__dict__ | {"training": False}
+        content: dict[str, Any] = module.__dict__ | AT_REST
+        forward = content.get("forward")
+        if isinstance(forward, MethodType) and forward.__self__ is module:  # put on by a user
+            content["forward"] = MethodType(forward.__func__, copy)
         for name in HOOKS:
             content[name] = content[name].copy()
         content["_parameters"] = {

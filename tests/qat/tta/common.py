@@ -132,7 +132,7 @@ def clean() -> list[Tensor]:
 
 def adapter(name: str, bits: int | None = None, model: nn.Module | None = None, **more) -> Adapter:
     """An adapter of a method over the model that knows digits."""
-    return Adapter(model or shared(bits), METHODS[name], clean(), **more)
+    return Adapter(shared(bits) if model is None else model, METHODS[name], clean(), **more)
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -3,9 +3,10 @@
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -136,6 +137,37 @@ def test_step_runs_through_recomputed_activations_to_the_same_state(name: str) -
         first, second = (each.adapt(batch) for each in found)
         assert second.outcome is first.outcome is not Outcome.ROLLED_BACK
         torch.testing.assert_close(first.logits, second.logits)
+
+
+def _compiled(model: Any) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def _compiled_in_place(model: Any) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def _of_compiled_blocks(model: Any) -> nn.Module:
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    return model
+
+
+def _patched(model: Any) -> nn.Module:
+    block = model.blocks[1]
+    block.forward = MethodType(type(block).forward, block)
+    return model
+
+
+@pytest.mark.parametrize("change", [_compiled, _compiled_in_place, _of_compiled_blocks, _patched])
+def test_model_that_is_compiled_or_patched_adapts_like_the_plain_one(
+    change: Callable[[Any], nn.Module],
+) -> None:
+    found = [adapter("tent", model=model) for model in (knowing(), change(knowing()))]
+    for batch in noisy()[:3]:
+        first, second = (each.adapt(batch) for each in found)
+        assert second.outcome is Outcome.ADAPTED and torch.equal(first.logits, second.logits)
+    assert torch.equal(*(each.state["method.params"] for each in found))
 
 
 class Tied(nn.Module):
