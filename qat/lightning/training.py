@@ -224,6 +224,7 @@ class Training(LightningModule):
         theirs = checkpoint.get(files.MANIFEST, {})
         files.require_same(theirs, files.manifest(self.model, self.state_dict(), "model."))
         self._rng_state = checkpoint["rng_state"]
+        amend(self.model, start=None)  # where training is over, none begins that would say so
 
     def _here(self, batch: Any) -> Any:
         return self.transfer_batch_to_device(batch, self.device, 0)
