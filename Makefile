@@ -1,9 +1,12 @@
-.PHONY: setup check format lint types contracts test slow
+.PHONY: setup kernels check format lint types contracts test slow
 
 PYTHON ?= python
 
 setup:  ## a fresh environment's one command
 	$(PYTHON) -m pip install -e '.[dev]'
+
+kernels:  ## builds the native kernels in place; `setup` has done it once
+	$(PYTHON) setup.py -q build_ext --inplace
 
 check: format lint types contracts test
 

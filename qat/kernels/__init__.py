@@ -1,0 +1,20 @@
+"""Native kernels of the packed runtime: C++ without dependencies, called by ctypes.
+
+One source is compiled for several instruction sets, and the best that the machine has is chosen
+when it is first used. The environment variable `LOWBIT_KERNELS` forces another: `amx`, `avx512`,
+`avx2`, `neon`, `portable`, or `numpy` for none. Integers do not depend on the choice. Work is done
+by one thread unless `set_threads` says otherwise. Imports NumPy only.
+"""
+
+from qat.kernels.block import PlainBlock
+from qat.kernels.bounds import bounds
+from qat.kernels.library import instruction_set, instruction_sets, operations, set_threads
+
+__all__ = [
+    "PlainBlock",
+    "bounds",
+    "instruction_set",
+    "instruction_sets",
+    "operations",
+    "set_threads",
+]

@@ -1,0 +1,58 @@
+"""The functions of one instruction set in the native library, by ctypes.
+
+Bits: element i of a row is bit i % 64 of its word i // 64; 1 stands for +1, 0 for -1, and bits past
+the last element are 0. `rows` are batch and tokens, flattened.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from qat.kernels.arrays import address
+
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
+_SIGNATURES = {
+    "prepare_binary": "pnnp",
+    "sign_pack": "ppnnnnp",
+    "norm_sign_pack": "pppfpnnnnp",
+    "layer_norm": "pppfnnp",
+    "gelu": "pnp",
+    "softmax": "pnnp",
+    "rprelu": "ppppnnp",
+    "shortcut": "pnnnp",
+    "react": "ppppfpppnnnp",
+    "binary_gemm": "ppnnnp",
+    "binary_linear": "pppppnnnp",
+    "binary_linear_bits": "ppppnnnp",
+    "binary_attention": "ppffnnnnnp",
+    "binary_attention_bits": "pppffnnnnp",
+    "prepare_linear": "pnnp",
+    "linear": "pppnnnp",
+    "integer_linear": "ppppnnnp",
+    "plain_block": "pnnp",
+}
+"""Arguments of each: an address, a length, a float."""
+
+
+class Native:
+    """The kernels of an instruction set.
+
+    Args:
+        library: The native library.
+        name: The instruction set.
+    """
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.name = name
+        self._functions = {}
+        for operation, signature in _SIGNATURES.items():
+            function = getattr(library, f"{name}_{operation}")
+            function.restype, function.argtypes = None, [_TYPES[letter] for letter in signature]
+            self._functions[operation] = function
+
+    def run(self, operation: str, *arguments: Any) -> None:
+        """Run a kernel on arrays, None and numbers."""
+        self._functions[operation](
+            *[address(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        )

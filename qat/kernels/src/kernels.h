@@ -1,0 +1,260 @@
+// What a file of an instruction set exports: LOWBIT_ISA_name for each name below, called by `native.py`. Lengths are in elements, bits in
+// words of 64; pointers that may be null say so. Layouts are in docs/decisions/0011-kernels.md.
+#pragma once
+#include "attention.h"
+#include "rows.h"
+
+#define JOINED_(a, b) a##_##b
+#define JOINED(a, b) JOINED_(a, b)
+#define KERNEL(name) EXPORT void JOINED(LOWBIT_ISA, name)
+
+namespace LOWBIT_ISA {
+
+using lowbit::parallel;
+using lowbit::scratch;
+
+KERNEL(prepare_binary)(const uint64_t* rows, long width, long words, uint64_t* right) { LOWBIT_ISA::prepare_binary(rows, width, words, right); }
+
+KERNEL(sign_pack)(const float* x, const float* threshold, long groups, long rows, long k, long thresholds, uint64_t* packed) {
+    parallel(groups * rows, 1, [=](long begin, long end) {
+        for (long r = begin; r < end; r++) pack_row(x + r * k, threshold + r / rows % thresholds * k, k, packed + r * words_of(k));
+    });
+}
+
+KERNEL(norm_sign_pack)(
+    const float* x, const float* weight, const float* bias, float eps, const float* threshold, long groups, long rows, long k, long thresholds, uint64_t* packed) {
+    parallel(groups * rows, 1, [=](long begin, long end) {
+        for (long r = begin; r < end; r++)
+            norm_pack_row(x + r * k, weight, bias, k, eps, threshold + r / rows % thresholds * k, packed + r * words_of(k));
+    });
+}
+
+KERNEL(layer_norm)(const float* x, const float* weight, const float* bias, float eps, long rows, long k, float* y) {
+    parallel(rows, 1, [=](long begin, long end) {
+        for (long r = begin; r < end; r++) norm_row(x + r * k, weight, bias, k, eps, y + r * k);
+    });
+}
+
+KERNEL(gelu)(const float* x, long count, float* y) {
+    parallel(count, 1024, [=](long begin, long end) {
+        sixteens(end - begin, [&](long at, long n) { store(y + begin + at, gelu(load(x + begin + at, n)), n); });
+    });
+}
+
+KERNEL(softmax)(const float* x, long rows, long k, float* y) {
+    parallel(rows, 1, [=](long begin, long end) {
+        for (long r = begin; r < end; r++) softmax_row(x + r * k, k, y + r * k);
+    });
+}
+
+KERNEL(rprelu)(const float* x, const float* before, const float* slope, const float* after, long rows, long n, float* y) {
+    parallel(rows, 1, [=](long begin, long end) {
+        for (long r = begin; r < end; r++)
+            sixteens(n, [&](long at, long m) {
+                store(y + r * n + at, bent(load(x + r * n + at, m), load(before + at, m), load(slope + at, m), load(after + at, m)), m);
+            });
+    });
+}
+
+KERNEL(shortcut)(const float* x, long rows, long k, long n, float* y) {
+    parallel(rows, 1, [=](long begin, long end) {
+        for (long r = begin; r < end; r++) shortcut_row(x + r * k, k, n, y + r * n);
+    });
+}
+
+// The tail of a `react` layer: y (rows, n) is what the layer gives, x (rows, k) its input.
+KERNEL(react)(
+    const float* y, const float* x, const float* weight, const float* bias, float eps, const float* before, const float* slope, const float* after,
+    long rows, long n, long k, float* to) {
+    parallel(rows, 1, [=](long begin, long end) {
+        float* carried = (float*)scratch(lowbit::ROW, 4 * n);
+        for (long r = begin; r < end; r++) {
+            const float* row = y + r * n;
+            shortcut_row(x + r * k, k, n, carried);
+            const Moments m = moments(row, n, eps);
+            sixteens(n, [&](long at, long count) {
+                const Floats z = normalized(load(row + at, count), m, load(weight + at, count), load(bias + at, count)) + load(carried + at, count);
+                store(to + r * n + at, bent(z, load(before + at, count), load(slope + at, count), load(after + at, count)), count);
+            });
+        }
+    });
+}
+
+KERNEL(binary_gemm)(const uint64_t* bits, const uint64_t* weight, long rows, long n, long k, int32_t* y) {
+    parallel(rows, Binary::rows_at_once, [=](long begin, long end) {
+        const long words = words_of(k);
+        binary_product<Binary>(bits + begin * words, weight, end - begin, n, words, [=](const Binary& binary, long column, long present) {
+            return [=, &binary](long row, Ints first, Ints second) {
+                int32_t* to = y + (begin + row) * n + column;
+                store(to, binary.dots(first, k), present);
+                store(to + lanes, binary.dots(second, k), present - lanes);
+            };
+        });
+    });
+}
+
+// scale * dot + bias + residual of 16 columns; bias and residual may be null.
+struct Affine {
+    Floats scale, bias;
+    bool biased;
+    Affine(const float* scales, const float* biases, long column, long n)
+        : scale(load(scales + column, n)), bias(biases ? load(biases + column, n) : Floats{}), biased(biases) {}
+    INLINE_MEMBER void finish(Ints dots, const float* residual, long at, long n, float* y) const {
+        Floats z = scale * to_floats(dots);
+        if (biased) z = z + bias;
+        if (residual) z = z + load(residual + at, n);
+        store(y + at, z, n);
+    }
+};
+
+KERNEL(binary_linear)(
+    const uint64_t* bits, const uint64_t* weight, const float* scale, const float* bias, const float* residual, long rows, long n, long k, float* y) {
+    parallel(rows, Binary::rows_at_once, [=](long begin, long end) {
+        const long words = words_of(k);
+        binary_product<Binary>(bits + begin * words, weight, end - begin, n, words, [=](const Binary& binary, long column, long present) {
+            const Affine left(scale, bias, column, present), right(scale, bias, column + lanes, present - lanes);
+            return [=, &binary](long row, Ints first, Ints second) {
+                const long at = (begin + row) * n + column;
+                left.finish(binary.dots(first, k), residual, at, present, y);
+                right.finish(binary.dots(second, k), residual, at + lanes, present - lanes, y);
+            };
+        });
+    });
+}
+
+// Bounds of 32 columns; a bit is set where x <= low or x >= high.
+struct Bounds {
+    Ints low[2], high[2];
+    uint32_t present;
+    Bounds(const int32_t* lows, const int32_t* highs, long column, long n)
+        : low{load(lows + column, n), load(lows + column + lanes, n - lanes)},
+          high{load(highs + column, n), load(highs + column + lanes, n - lanes)},
+          present(first_bits(n) | first_bits(n - lanes) << lanes) {}
+    INLINE_MEMBER uint32_t bits(Ints first, Ints second) const {
+        return (outside(first, low[0], high[0]) | outside(second, low[1], high[1]) << lanes) & present;
+    }
+};
+
+KERNEL(binary_linear_bits)(
+    const uint64_t* bits, const uint64_t* weight, const int32_t* low, const int32_t* high, long rows, long n, long k, uint64_t* packed) {
+    parallel(rows, Binary::rows_at_once, [=](long begin, long end) {
+        const long words = words_of(k), halves = 2 * words_of(n);
+        uint32_t* to = (uint32_t*)packed + begin * halves;
+        for (long r = 0; r < end - begin; r++) to[(r + 1) * halves - 1] = 0;  // the last half may have no column
+        binary_product<Binary>(bits + begin * words, weight, end - begin, n, words, [=](const Binary& binary, long column, long present) {
+            const Bounds bounds(low, high, column, present);
+            return [=, &binary](long row, Ints first, Ints second) {
+                to[row * halves + column / columns] = bounds.bits(binary.dots(first, k), binary.dots(second, k));
+            };
+        });
+    });
+}
+
+// qkv (batch, tokens, 3, heads, dim), threshold (3, thresholds, heads, dim) with one or `batch` thresholds.
+KERNEL(binary_attention)(
+    const float* qkv, const float* threshold, float logit_scale, float map_scale, long batch, long tokens, long heads, long dim, long thresholds, float* y) {
+    parallel(batch * heads, 1, [=](long begin, long end) {
+        Head memory(tokens, dim);
+        const Exponentials e(logit_scale, dim);
+        for (long i = begin; i < end; i++) {
+            const long b = i / heads, h = i % heads;
+            uint64_t* operands[3] = {memory.queries, memory.keys, memory.values};
+            for (long o = 0; o < 3; o++)
+                for (long t = 0; t < tokens; t++)
+                    pack_row(
+                        qkv + (((b * tokens + t) * 3 + o) * heads + h) * dim, threshold + ((o * thresholds + b % thresholds) * heads + h) * dim, dim,
+                        operands[o] + t * memory.words);
+            memory.attend(e, map_scale, [=](long token, long column, long present, Ints first, Ints second) {
+                float* to = y + ((b * tokens + token) * heads + h) * dim + column;
+                store(to, broadcast(map_scale) * to_floats(first), present);
+                store(to + lanes, broadcast(map_scale) * to_floats(second), present - lanes);
+            });
+        }
+    });
+}
+
+// The same with bits in, (batch, tokens, 3, heads, words), and bits out: count <= low or count >= high of each of heads * dim. dim is a multiple of 64.
+KERNEL(binary_attention_bits)(
+    const uint64_t* qkv, const int32_t* low, const int32_t* high, float logit_scale, float map_scale, long batch, long tokens, long heads, long dim,
+    uint64_t* packed) {
+    parallel(batch * heads, 1, [=](long begin, long end) {
+        Head memory(tokens, dim);
+        const Exponentials e(logit_scale, dim);
+        const long words = memory.words;
+        for (long i = begin; i < end; i++) {
+            const long b = i / heads, h = i % heads;
+            for (long t = 0; t < tokens; t++) {
+                const uint64_t* from = qkv + ((b * tokens + t) * 3 * heads + h) * words;
+                for (long w = 0; w < words; w++) {
+                    memory.queries[t * words + w] = from[w];
+                    memory.keys[t * words + w] = from[heads * words + w];
+                    memory.values[t * words + w] = from[2 * heads * words + w];
+                }
+            }
+            memory.attend(e, map_scale, [=](long token, long column, long present, Ints first, Ints second) {
+                const Bounds bounds(low + h * dim, high + h * dim, column, present);
+                ((uint32_t*)(packed + ((b * tokens + token) * heads + h) * words))[column / columns] = bounds.bits(first, second);
+            });
+        }
+    });
+}
+
+// Floats: weight (n, k) becomes panels of 32 columns.
+KERNEL(prepare_linear)(const int32_t* rows, long n, long k, int32_t* right) {
+    for (long column = 0; column < n; column += columns, right += columns * k)
+        for (long c = 0; c < columns; c++)
+            for (long e = 0; e < k; e++) right[e * columns + c] = column + c < n ? rows[(column + c) * k + e] : 0;
+}
+
+// y = x weight^T + bias; bias may be null.
+KERNEL(linear)(const float* x, const int32_t* weight, const float* bias, long rows, long n, long k, float* y) {
+    parallel(rows, rows_at_once, [=](long begin, long end) {
+        product<Reals>((const int32_t*)x, weight, begin, end, n, k, [&](long row, long column, long count, Floats sums) {
+            store(y + row * n + column, bias ? sums + load(bias + column, count) : sums, count);
+        });
+    });
+}
+
+// y = scale * (steps weight^T) + bias, exact in integers; steps and weight are pairs of 16 bits, `pairs` to a row; bias may be null.
+KERNEL(integer_linear)(const int32_t* steps, const int32_t* weight, const float* scale, const float* bias, long rows, long n, long pairs, float* y) {
+    parallel(rows, rows_at_once, [=](long begin, long end) {
+        product<Pairs>(steps, weight, begin, end, n, pairs, [&](long row, long column, long count, Ints sums) {
+            const Floats z = load(scale + column, count) * to_floats(sums);
+            store(y + row * n + column, bias ? z + load(bias + column, count) : z, count);
+        });
+    });
+}
+
+// A whole block of a transformer whose signs have static thresholds: between its two sums of floats there are bits only.
+struct PlainBlock {
+    const float *norm1_weight, *norm1_bias, *norm1_threshold;
+    const uint64_t* qkv_weight;
+    const int32_t *qkv_low, *qkv_high, *context_low, *context_high;
+    const uint64_t* proj_weight;
+    const float *proj_scale, *proj_bias, *norm2_weight, *norm2_bias, *norm2_threshold;
+    const uint64_t* fc1_weight;
+    const int32_t *fc1_low, *fc1_high;
+    const uint64_t* fc2_weight;
+    const float *fc2_scale, *fc2_bias;
+    int64_t heads, dim, hidden;  // dim is the width of a head, a multiple of 64
+    float eps, logit_scale, map_scale;
+};
+
+// x (batch, tokens, heads * dim) becomes what the block gives; image by image, so that what lies between stays in the cache.
+KERNEL(plain_block)(const PlainBlock* p, long batch, long tokens, float* x) {
+    const long width = p->heads * p->dim, wide = p->hidden > 3 * width ? p->hidden : 3 * width;
+    uint64_t* narrow_bits = (uint64_t*)scratch(lowbit::NARROW_BITS, 8 * tokens * words_of(width));
+    uint64_t* wide_bits = (uint64_t*)scratch(lowbit::WIDE_BITS, 8 * tokens * words_of(wide));
+    for (long image = 0; image < batch; image++, x += tokens * width) {
+        JOINED(LOWBIT_ISA, norm_sign_pack)(x, p->norm1_weight, p->norm1_bias, p->eps, p->norm1_threshold, 1, tokens, width, 1, narrow_bits);
+        JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->qkv_weight, p->qkv_low, p->qkv_high, tokens, 3 * width, width, wide_bits);
+        JOINED(LOWBIT_ISA, binary_attention_bits)
+        (wide_bits, p->context_low, p->context_high, p->logit_scale, p->map_scale, 1, tokens, p->heads, p->dim, narrow_bits);
+        JOINED(LOWBIT_ISA, binary_linear)(narrow_bits, p->proj_weight, p->proj_scale, p->proj_bias, x, tokens, width, width, x);
+        JOINED(LOWBIT_ISA, norm_sign_pack)(x, p->norm2_weight, p->norm2_bias, p->eps, p->norm2_threshold, 1, tokens, width, 1, narrow_bits);
+        JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->fc1_weight, p->fc1_low, p->fc1_high, tokens, p->hidden, width, wide_bits);
+        JOINED(LOWBIT_ISA, binary_linear)(wide_bits, p->fc2_weight, p->fc2_scale, p->fc2_bias, x, tokens, width, p->hidden, x);
+    }
+}
+
+}  // namespace LOWBIT_ISA

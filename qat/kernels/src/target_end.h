@@ -1,0 +1,4 @@
+// Closes what target.h opens.
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
