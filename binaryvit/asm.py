@@ -20,6 +20,7 @@ statistics (A4).
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,9 @@ class Shift(nn.Module, ABC):
         shape: Trailing shape of the operand: (features,) for linear inputs, (heads, 1, head_dim)
             for attention operands, (channels, 1, 1) for convolution inputs.
     """
+
+    packed_form: ClassVar[str | None] = None
+    """Name of the form in a packed file, see `qat.packed.network`; None where it has none."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -58,6 +62,8 @@ ShiftFactory = Callable[[tuple[int, ...]], Shift]
 class StaticShift(Shift):
     """A1: a learned threshold for each channel (RSign)."""
 
+    packed_form = "sign"
+
     def forward(self, x: Tensor) -> Tensor:
         """`x - shift`."""
         return x - self.shift
@@ -70,6 +76,8 @@ class DynamicShift(Shift):
         shape: Trailing shape of the operand.
         gain: Start of the learned weight of the mean; 0 starts as A1, 1 as full centring.
     """
+
+    packed_form = "sign-mean"
 
     def __init__(self, shape: tuple[int, ...], gain: float = 0.0) -> None:
         super().__init__(shape)
@@ -89,6 +97,7 @@ class ScaledShift(Shift):
     The scale starts at the channel's standard deviation, averaged over calibration batches.
     """
 
+    packed_form = "sign-scaled"
     num_batches: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -123,6 +132,7 @@ class StandardizedShift(Shift):
         momentum: Weight of a training batch in the running statistics.
     """
 
+    packed_form = "sign-standardized"
     mean: Tensor
     variance: Tensor
     num_batches: Tensor

@@ -68,6 +68,7 @@ class ReactLinear(nn.Module):
         ValueError: If neither of the layer's two widths is a multiple of the other.
     """
 
+    packed_role = "react"
     bias: nn.Parameter | None
 
     def __init__(
@@ -113,6 +114,8 @@ class ContextShortcut(nn.Module):
         head_dim: Width of a head.
     """
 
+    packed_role = "context"
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(head_dim)
@@ -134,6 +137,8 @@ class ReactMlp(nn.Module):
     Args:
         mlp: The float module; its layers are taken over.
     """
+
+    packed_role = "mlp"
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ estimator of Bi-Real Net (Liu et al. 2018). That BinaryViT uses these forms is a
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd import Function
 
@@ -25,6 +25,23 @@ def sign(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def row_mean(w: Float[Tensor, " out *inner"]) -> Float[Tensor, " out *ones"]:
     """Mean over all axes but the first, which are kept with size 1."""
     return w.mean(dim=tuple(range(1, w.ndim)), keepdim=True)
+
+
+def weight_of(
+    signs: Shaped[Tensor, " out *inner"], scale: Float[Tensor, " out *ones"]
+) -> Float[Tensor, " out *inner"]:
+    """A weight with these signs, of whose rows the mean of magnitudes is the scale to the last bit.
+
+    A mean of equal values rounds; some values of each row make up for it, one after another, since
+    not every mean is reached by changing the same one.
+    """
+    weight = signs.to(scale.dtype).mul_(scale)
+    rows = weight.reshape(len(weight), -1)
+    for i in range(8):
+        value = rows[:, i % rows.shape[1]]
+        missing = (scale - row_mean(weight.abs())).reshape(len(rows))
+        value += missing * value.sign() * (rows.shape[1] / 2)
+    return weight
 
 
 class _BinarizeWeight(Function):

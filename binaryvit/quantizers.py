@@ -70,6 +70,15 @@ class BinaryWeight(Quantizer):
         """-1 and +1, with the scale of each output channel."""
         return Codes(ops.sign(self.latent(x)).to(torch.int8), self.scale_of(x))
 
+    @property
+    def packed_form(self) -> str:
+        """Signs and the scale of each output."""
+        return "b1"
+
+    def restore(self, codes: Codes) -> Tensor:
+        """A weight with these signs, and with these scales to the last bit."""
+        return ops.weight_of(codes.values, codes.scale)
+
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance of the latent to zero, in units of alpha."""
         x = x.detach()
@@ -113,6 +122,11 @@ class BinaryActivation(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Signs; the Bi-Real estimator backward."""
         return ops.binarize_activation(self.shift(x))
+
+    @property
+    def packed_form(self) -> str | None:
+        """The sign, by the form of the shift."""
+        return self.shift.packed_form
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
@@ -169,6 +183,11 @@ class BinaryAttentionMap(Quantizer):
         """0 and 1, with s."""
         scale = self.scale.detach().abs()
         return Codes(quantize(x, scale, None, 0, 1).to(torch.uint8), scale)
+
+    @property
+    def packed_form(self) -> str:
+        """Zero and s."""
+        return "map"
 
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to s / 2, in units of s."""

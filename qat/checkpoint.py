@@ -20,13 +20,14 @@ import torch
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from qat import disk
+from qat import disk, packed, runtime
 from qat.card import Start, amend, card_of, expected_by, untrained
 from qat.component import build, describe
 from qat.convert import convert_
 from qat.models import timm_model
 from qat.plan import Plan
 from qat.preprocessing import Preprocessing
+from qat.unpack import fill_
 
 FORMAT = "lowbit-vit/1"
 MANIFEST = "lowbit"
@@ -94,18 +95,34 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
     """Rebuild the model in a file, in evaluation mode, with bit-identical logits.
 
     Args:
-        path: A file from `save`, or a training checkpoint.
+        path: A file from `save`, a training checkpoint, or a packed file.
         trust: Your own packages whose quantizers or handlers the file may name.
 
     Raises:
         ValueError: If the file is missing, damaged, of another program, or names code that is not
             trusted.
     """
+    if packed.is_packed(path):
+        return _unpacked(path, trust)
     checkpoint = read(path)
     data = checkpoint[MANIFEST]
     state = _select(checkpoint["state_dict"], data["prefix"])
     if digest(state) != data["sha256"]:
         raise ValueError(f"checkpoint '{path}' is damaged: its tensors do not match their hash")
+    model = _rebuilt(data, path, trust)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise ValueError(
+            f"checkpoint '{path}' does not fit the model it describes ({' '.join(lines)[:300]}); "
+            f"it was written with {data['versions']}"
+        ) from None
+    return model.eval()
+
+
+def _rebuilt(data: Mapping[str, Any], path: str | Path, trust: tuple[str, ...]) -> nn.Module:
+    """The model that a manifest describes, converted, its tensors still at their start."""
     model = build_model(data["model"], trust)
     handlers = str((data["conversion"] or {}).get("handlers"))
     if WINDOWS in handlers and any(isinstance(m, WindowAttention) for m in model.modules()):
@@ -127,14 +144,19 @@ def load(path: str | Path, trust: tuple[str, ...] = ()) -> nn.Module:
             build(conversion["make_quantizer"], trust),
             build(_renamed(conversion["handlers"]), trust),
         )
+    return model
+
+
+def _unpacked(path: str | Path, trust: tuple[str, ...]) -> nn.Module:
+    """The model in a packed file."""
+    found = packed.read(path)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise ValueError(
-            f"checkpoint '{path}' does not fit the model it describes ({' '.join(lines)[:300]}); "
-            f"it was written with {data['versions']}"
-        ) from None
+        model = _rebuilt(found.card, path, trust)
+        fill_(model, found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"packed file '{path}' is inconsistent ({error!r:.160})") from None
+    except ValueError as error:
+        raise ValueError(f"packed file '{path}': {error}") from None
     return model.eval()
 
 

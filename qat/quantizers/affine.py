@@ -90,6 +90,20 @@ class Affine(Quantizer):
         values = ops.quantize(x, scale, offset, spec.qmin, spec.qmax)
         return Codes(values.to(ops.code_dtype(spec.qmin, spec.qmax)), scale, offset)
 
+    @property
+    def packed_form(self) -> str:
+        """Equal steps, signed or not."""
+        return f"{'s' if self.spec.signed else 'u'}{self.spec.bits}"
+
+    def restore(self, codes: Codes) -> Tensor:
+        """Take scale and zero point; a weight on the grid has its codes."""
+        zero_point = codes.zero_point
+        self.set_grid(
+            codes.scale.reshape(self.scale.shape),
+            None if zero_point is None else zero_point.reshape(self.scale.shape),
+        )
+        return self.dequantize(Codes(codes.values, self.scale.detach(), self._offset()))
+
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to the nearest rounding boundary, in steps."""
         return ops.boundary_distance(x.detach() / self.scale.detach())

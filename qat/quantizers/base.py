@@ -138,6 +138,19 @@ class Quantizer(nn.Module, ABC):
         """Distance of each value to where its code would change, in steps of the grid."""
         raise NotImplementedError(f"{type(self).__name__} has no boundary distance")
 
+    @property
+    def packed_form(self) -> str | None:
+        """Name of its form in a packed file (`qat.packed.network`); None where it has none."""
+        return None
+
+    def restore(self, codes: Codes) -> Tensor:
+        """Take the grid of a weight's codes, and give a weight whose codes these are.
+
+        Raises:
+            ValueError: If the quantizer finds its grid in no codes.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be restored from codes")
+
     @final
     def forward(self, x: Tensor) -> Tensor:
         """Pass, observe or quantize, by phase. Arithmetic has at least 32 bits, autocast or not."""

@@ -55,6 +55,11 @@ class Companding(Quantizer):
         """Number of levels."""
         return 2**self.spec.bits
 
+    @property
+    def packed_form(self) -> str:
+        """Bounds and levels."""
+        return f"table{self.spec.bits}"
+
     @abstractmethod
     def compress(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Position of values in [0, 1] on the scale of codes, not rounded; may modify `u`."""

@@ -64,6 +64,11 @@ class DynamicToken(Quantizer):
         values = ops.quantize(x, scale, None, self.spec.qmin, self.spec.qmax)
         return Codes(values.to(ops.code_dtype(self.spec.qmin, self.spec.qmax)), scale)
 
+    @property
+    def packed_form(self) -> str:
+        """Equal steps, a scale for each token."""
+        return f"token{self.spec.bits}"
+
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to the nearest rounding boundary, in steps."""
         return ops.boundary_distance(x.detach() / self._scale(x))

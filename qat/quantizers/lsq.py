@@ -107,6 +107,17 @@ class LSQ(Quantizer):
         values = ops.quantize(x, step, None, spec.qmin, spec.qmax)
         return Codes(values.to(ops.code_dtype(spec.qmin, spec.qmax)), step)
 
+    @property
+    def packed_form(self) -> str:
+        """Equal steps, signed or not."""
+        return f"{'s' if self.spec.signed else 'u'}{self.spec.bits}"
+
+    @torch.no_grad()
+    def restore(self, codes: Codes) -> Tensor:
+        """Take the scale; a weight on the grid has its codes."""
+        self.scale.copy_(codes.scale.reshape(self.scale.shape))
+        return self.dequantize(Codes(codes.values, self._step()))
+
     def boundary_distance(self, x: Tensor) -> Tensor:
         """Distance to the nearest rounding boundary, in steps."""
         return ops.boundary_distance(x.detach() / self._step().detach())

@@ -1,0 +1,225 @@
+"""The packed model beside the simulated one: how far apart, and what the first difference is.
+
+Both run on the same images. Where logits differ by more than rounding, the inputs of all grids are
+compared in the order in which they are computed. At the first grid where a value has another code
+in the two runs, the two values are compared: if they are nearly equal, a threshold lies between
+them, both sat on it, and the difference is one of rounding. Anything else is a fault.
+
+Apart from that every grid is given the simulated model's values, and its codes are compared.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qat.quantizers import Quantizer, quantizers
+from qat.runtime import Model
+from qat.runtime.grids import Grid, Token
+from qat.spec import Operand
+
+NEAR = 1e-5
+"""Values this near to a threshold, relative to themselves if above 1, may fall to either side."""
+ROUNDING = 1e-4
+"""Gap of logits, relative to the largest if above 1, that needs no explanation."""
+IMAGES_AT_ONCE = 8
+
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs part for one image.
+
+    Attributes:
+        image: Number of the image.
+        gap: Largest difference of its logits.
+        grid: Name of the first grid with another code; None where all codes are equal.
+        distance: Largest difference of the values there whose codes differ.
+        on_threshold: Whether these values sat on their threshold.
+    """
+
+    image: int
+    gap: float
+    grid: str | None
+    distance: float
+    on_threshold: bool
+
+
+@dataclass
+class Verification:
+    """What a comparison found.
+
+    Attributes:
+        gaps: Largest difference of the logits of each image.
+        agreed: Whether both gave the same class to each image.
+        differences: One for each image whose logits differ by more than rounding.
+        num_codes: Codes that were compared with identical inputs.
+        num_on_threshold: Codes among them that differ, their values on a threshold.
+        num_wrong: Codes among them that differ for no such reason.
+    """
+
+    gaps: list[float] = field(default_factory=list)
+    agreed: list[bool] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    num_codes: int = 0
+    num_on_threshold: int = 0
+    num_wrong: int = 0
+
+    @property
+    def faults(self) -> list[Difference]:
+        """Differences that rounding does not explain."""
+        return [found for found in self.differences if not found.on_threshold]
+
+    def items(self) -> dict[str, Any]:
+        """What `metrics.json` holds of it."""
+        return {
+            "n_images": len(self.gaps),
+            "agreement": float(np.mean(self.agreed)),
+            "logit_gap": float(np.max(self.gaps)),
+            "logit_gap_median": float(np.median(self.gaps)),
+            "n_gaps": len(self.differences),
+            "n_faults": len(self.faults),
+            "n_codes": self.num_codes,
+            "n_codes_on_threshold": self.num_on_threshold,
+            "n_codes_wrong": self.num_wrong,
+        }
+
+    def require_same(self) -> None:
+        """Refuse a packed model that differs from the simulated one.
+
+        Raises:
+            ValueError: Naming the first image and the first module that differ.
+        """
+        if self.num_wrong:
+            raise ValueError(
+                f"{self.num_wrong} of {self.num_codes} codes differ for identical inputs, away "
+                "from any threshold; the packed file is not to be used"
+            )
+        if self.faults:
+            first = self.faults[0]
+            where = (
+                f"the first other code is in '{first.grid}', of values {first.distance:.2g} apart"
+                if first.grid
+                else "all codes are equal"
+            )
+            raise ValueError(
+                f"the logits of {len(self.faults)} of {len(self.gaps)} images differ, of image "
+                f"{first.image} by {first.gap:.2g}; {where}; the packed file is not to be used"
+            )
+
+
+def verify(simulated: nn.Module, packed: Model, batches: Iterable[Tensor]) -> Verification:
+    """Compare both models on images.
+
+    Args:
+        simulated: The model in torch, on the processor.
+        packed: The model of the packed file.
+        batches: Preprocessed images (batch, channels, height, width).
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    found = Verification()
+    for batch in batches:
+        for images in batch.split(IMAGES_AT_ONCE):
+            _compare(simulated, packed, images, found)
+    if not found.gaps:
+        raise ValueError("no images to verify with; name some with --images DIR")
+    return found
+
+
+@torch.no_grad()
+def _compare(simulated: nn.Module, packed: Model, images: Tensor, found: Verification) -> None:
+    """Add a few images to what was found."""
+    theirs: Inputs = {}
+    with _watched(simulated, theirs):
+        expected = simulated(images).numpy()
+    ours: Inputs = {}
+    logits = packed(images.numpy(), lambda name, x: ours.__setitem__(name, x))
+    values = {name: _values(simulated, packed, name, x) for name, x in theirs.items()}
+    for name, x in theirs.items():
+        _count_codes(packed.grids[name], x, values[name], found)
+    gaps = np.abs(logits - expected).max(1)
+    for i, gap in enumerate(gaps):
+        if gap > ROUNDING * max(1, np.abs(expected[i]).max()):
+            found.differences.append(
+                _first_difference(len(found.gaps) + i, i, float(gap), packed, theirs, ours, values)
+            )
+    found.gaps += gaps.tolist()
+    found.agreed += (logits.argmax(1) == expected.argmax(1)).tolist()
+
+
+@contextmanager
+def _watched(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Keep the inputs of the quantizers of activations, in the order of their computation."""
+
+    def keeper(name: str) -> Any:
+        return lambda module, args: inputs.__setitem__(name, args[0].numpy())
+
+    hooks = [
+        quantizer.register_forward_pre_hook(keeper(name))
+        for name, quantizer in quantizers(model)
+        if quantizer.operand is not Operand.WEIGHT
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _values(simulated: nn.Module, packed: Model, name: str, x: np.ndarray) -> np.ndarray:
+    """What the simulated model makes of the input of a grid, in a form to be compared."""
+    quantizer: Any = simulated.get_submodule(name)
+    assert isinstance(quantizer, Quantizer)
+    inputs = torch.from_numpy(x)
+    if isinstance(packed.grids[name], Token):
+        return quantizer.codes(inputs).values.numpy()
+    return quantizer.fake_quantize(inputs).numpy()
+
+
+def _made(grid: Grid, x: np.ndarray) -> np.ndarray:
+    """The same of the packed model: values, or codes where the step follows the values."""
+    return grid.codes(x) if isinstance(grid, Token) else grid.values(x)
+
+
+def _count_codes(grid: Grid, x: np.ndarray, expected: np.ndarray, found: Verification) -> None:
+    """Compare the codes of identical inputs."""
+    found.num_codes += x.size
+    differ = _made(grid, x) != expected
+    if not differ.any():
+        return
+    near = _tolerance(x)
+    crossed = _made(grid, x - near) != _made(grid, x + near)
+    found.num_on_threshold += int((differ & crossed).sum())
+    found.num_wrong += int((differ & ~crossed).sum())
+
+
+def _first_difference(
+    image: int,
+    row: int,
+    gap: float,
+    packed: Model,
+    theirs: Inputs,
+    ours: Inputs,
+    values: Inputs,
+) -> Difference:
+    """The first grid that has other codes in the two runs of an image."""
+    for name in (name for name in theirs if name in ours):
+        made = _made(packed.grids[name], ours[name][row : row + 1])
+        differ = made != values[name][row : row + 1]
+        if differ.any():
+            one, other = theirs[name][row : row + 1][differ], ours[name][row : row + 1][differ]
+            apart = np.abs(one - other)
+            on_threshold = bool((apart <= _tolerance(one)).all())
+            return Difference(image, gap, name, float(apart.max()), on_threshold)
+    return Difference(image, gap, None, 0.0, False)
+
+
+def _tolerance(x: np.ndarray) -> np.ndarray:
+    return (NEAR * np.maximum(1, np.abs(x))).astype(np.float32)
