@@ -17,6 +17,7 @@ from typing import Any
 
 import qat
 from qat.cli.causes import cause
+from qat.cli.kept import with_kept_recipe
 from qat.cli.mistakes import told
 from qat.cli.processes import Processes, started
 from qat.cli.shorthand import spelled_out
@@ -31,6 +32,8 @@ COMMANDS = {
     "quantize",
     "adapt": "adapt a model to a stream of corrupted images, and compare it with the model left "
     "alone",
+    "export": "write a packed file that runs without torch, and compare it with the model",
+    "predict": "name the classes of images without labels, by a checkpoint or a packed file",
     "plan": "print every layer, its bits, and predicted bytes, operations and memory; touches no "
     "data",
     "reproduce": "run a row of the ledger of results again, and say whether its number still holds",
@@ -40,6 +43,8 @@ IN_ONE_PROCESS = COMMANDS.keys() - {"fit", "plan"}
 """Commands that leave further processes and devices of a recipe aside."""
 FAILED, UNUSABLE = 1, 2
 """Status of a run that fails, and of arguments that cannot be used."""
+WITHOUT_RECIPE = frozenset({"predict"})
+"""Commands that take everything from the model."""
 COMMAND, RECIPE = "fit", "default"
 PROGRAM = "lowbit-vit" if Path(sys.argv[0]).stem == "lowbit-vit" else "train.py"
 DESCRIPTION = f"Low-bit vision transformers. Without a command: {COMMAND} --config {RECIPE}"
@@ -67,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell_rank(here)
         _quieten()
         parser = make_parser(name)
+        words = words if name in WITHOUT_RECIPE else with_kept_recipe(words)
         require_once(words)
         config = parser.parse_args(with_save_dir(spelled_out(name, words)))
         status = FAILED

@@ -33,7 +33,10 @@ PATHS = frozenset({"base", "plan", "root", "path", "teacher", "teacher_config", 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
 """The folder of the recipes that come with the package: inside it, or beside it in a checkout."""
-OF_SOME_COMMANDS = frozenset({"grid", "draws", "patchwise", "search", "method", "guard", "stream"})
+OF_SOME_COMMANDS = frozenset(
+    {"grid", "draws", "patchwise", "search", "method", "guard", "stream", "export"}
+    | {"format", "half", "verify", "images"}
+)
 """Sections that not all commands have; the others leave them out."""
 
 Part = str | Path | Mapping[str, Any]

@@ -53,15 +53,20 @@ def loaded(session: Session) -> nn.Module:
     """
     path = session.config.ckpt_path
     model = files.load(path)
+    require_calibrated(model, path)
+    require_same_plan(session, model)
+    require_same_model(session, model)
+    return model
+
+
+def require_calibrated(model: nn.Module, path: str) -> None:
+    """Refuse a converted model some of whose quantizers have no state yet."""
     idle = [name for name, q in quantizers(model) if q.phase is not Phase.QUANTIZE]
     if idle:
         raise ValueError(
             f"checkpoint '{path}' is converted but not calibrated: {idle[0]} and "
             f"{len(idle) - 1} others would run in float; calibrate it first"
         )
-    require_same_plan(session, model)
-    require_same_model(session, model)
-    return model
 
 
 def require_same_plan(session: Session, model: nn.Module) -> None:

@@ -75,11 +75,16 @@ class Verification:
         """Differences that rounding does not explain."""
         return [found for found in self.differences if not found.on_threshold]
 
+    @property
+    def agreement(self) -> float:
+        """Share of images to which both gave the same class."""
+        return float(np.mean(self.agreed))
+
     def items(self) -> dict[str, Any]:
         """What `metrics.json` holds of it."""
         return {
             "n_images": len(self.gaps),
-            "agreement": float(np.mean(self.agreed)),
+            "agreement": self.agreement,
             "logit_gap": float(np.max(self.gaps)),
             "logit_gap_median": float(np.median(self.gaps)),
             "n_gaps": len(self.differences),

@@ -1,5 +1,7 @@
 """Attention, MLP and block of a vision transformer, from the operations of the table."""
 
+from typing import TypeGuard
+
 import numpy as np
 
 from qat.packed.network import OPERANDS, Network
@@ -146,9 +148,11 @@ class Attention:
             parts = self.query_norm(qkv[:, :, 0]), self.key_norm(qkv[:, :, 1]), qkv[:, :, 2]
             qkv = np.stack(parts, 2)
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)
-        signs = (self.qk.left, self.qk.right, self.av.right)
-        if all(isinstance(one, Sign) for one in signs) and _is_map(self.av.left):
-            context = self._binary(qkv, see)
+        signs = [
+            one for one in (self.qk.left, self.qk.right, self.av.right) if isinstance(one, Sign)
+        ]
+        if len(signs) == 3 and _is_map(self.av.left):
+            context = self._binary(qkv, signs, float(self.av.left.size), see)
         else:
             context = self._products(query, key, value, see)
         if self.context is not None:
@@ -166,20 +170,19 @@ class Attention:
         attention = self.run["softmax"](logits)
         return np.ascontiguousarray(self.av(attention, value, see).swapaxes(1, 2))
 
-    def _binary(self, qkv: np.ndarray, see: See) -> np.ndarray:
+    def _binary(self, qkv: np.ndarray, signs: list[Sign], map_scale: float, see: See) -> np.ndarray:
         """Context by the operation for binary operands, (batch, tokens, heads, dim)."""
-        grids = (self.qk.left, self.qk.right, self.av.right)
         names = (*self.qk.names, self.av.names[1])
         thresholds = []
-        for grid, name, x in zip(grids, names, qkv.transpose(2, 0, 3, 1, 4), strict=True):
+        for grid, name, x in zip(signs, names, qkv.transpose(2, 0, 3, 1, 4), strict=True):
             see(name, x)
-            thresholds.append(grid.thresholds(x).swapaxes(1, 2)[:, 0])  # type: ignore[union-attr]
-        scale = float(self.av.left.scale(qkv))  # type: ignore[union-attr]
-        threshold = np.stack(thresholds) if len({len(t) for t in thresholds}) == 1 else None
-        return self.run["binary_attention"](qkv, threshold, self.head_dim**-0.5, scale)
+            thresholds.append(grid.thresholds(x).swapaxes(1, 2)[:, 0])
+        most = max(len(threshold) for threshold in thresholds)
+        threshold = np.stack([np.resize(one, (most, *one.shape[1:])) for one in thresholds])
+        return self.run["binary_attention"](qkv, threshold, self.head_dim**-0.5, map_scale)
 
 
-def _is_map(grid: Grid | None) -> bool:
+def _is_map(grid: Grid | None) -> TypeGuard[Uniform]:
     return isinstance(grid, Uniform) and (grid.low, grid.high) == (0, 1)
 
 

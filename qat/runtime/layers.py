@@ -12,6 +12,8 @@ from qat.packed.network import OPERANDS, Form, Network
 from qat.runtime.grids import Grid, See, Sign, make_grid
 from qat.runtime.operations import Operations
 
+MOST_BITS = 14
+"""Widest weights whose codes minus zero point int16 holds."""
 Product = Callable[[np.ndarray], np.ndarray]
 """From the input of a layer (..., k) to its output (..., outputs)."""
 
@@ -114,7 +116,7 @@ def _product(
     stored = Stored.read(parts, name, form, num_outputs, k)
     if form.kind == "b" and isinstance(grid, Sign) and arrange is np.ascontiguousarray:
         return _bits(run, grid, stored, k, bias), num_outputs
-    if grid is None or grid.largest is None:
+    if grid is None or grid.largest is None or form.bits > MOST_BITS:
         values = stored.steps() * stored.scale[:, None]
         return _values(run, grid, values, bias, arrange), num_outputs
     return _integers(run, grid, stored, bias, arrange), num_outputs
@@ -192,7 +194,7 @@ def _integers(
     arrange: Callable[[Any], Any],
 ) -> Product:
     """Steps times steps."""
-    weight = run["prepare_integer"](stored.steps().astype(np.int32), grid.largest)
+    weight = run["prepare_integer"](stored.steps().astype(np.int16), grid.largest)
 
     def product(x: np.ndarray) -> np.ndarray:
         steps, scale = arrange(grid.steps(x)), grid.scale(x)
@@ -215,11 +217,12 @@ def _values(
     arrange: Callable[[Any], Any],
 ) -> Product:
     """Values times values."""
-    weight = np.ascontiguousarray(weight, np.float32)
+    width = weight.shape[1]
+    ready = run["prepare_linear"](np.ascontiguousarray(weight, np.float32))
 
     def product(x: np.ndarray) -> np.ndarray:
         values = arrange(x if grid is None else grid.values(x))
-        out = run["linear"](values.reshape(-1, weight.shape[1]), weight, bias)
+        out = run["linear"](np.ascontiguousarray(values).reshape(-1, width), ready, bias)
         return out.reshape(*values.shape[:-1], -1)
 
     return product

@@ -75,6 +75,15 @@ class Model:
         names = self.card.get("class_names") or range(self.heads[0].num_outputs)
         return [str(name) for name in names]
 
+    @property
+    def images(self) -> Images:
+        """What its images go through.
+
+        Raises:
+            ValueError: If the card states nothing that this runtime knows.
+        """
+        return Images.of_card(self.card, self.network.image)
+
     def __call__(self, x: np.ndarray, see: See = unseen) -> np.ndarray:
         """Logits (batch, classes) of preprocessed images.
 
@@ -104,9 +113,8 @@ class Model:
             ValueError: If a file cannot be read as an image, or the card states no preprocessing.
         """
         names, found = self.class_names, []
-        images = Images.of_card(self.card, self.network.image)
         for path in paths:
-            confidences = self.softmax(self(images.prepare(open_image(path))[None]))[0]
+            confidences = self.softmax(self(self.images.prepare(open_image(path))[None]))[0]
             best = int(confidences.argmax())
             found.append(Prediction(names[best], float(confidences[best]), best))
         return found

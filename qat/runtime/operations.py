@@ -64,7 +64,7 @@ def binary_linear(
 
 
 def prepare_integer(weight: np.ndarray, largest: int) -> Any:
-    """The weight (outputs, k) of int16 in a type in which its products are exact.
+    """The weight (outputs, k) of int16, in a type in which its products are exact.
 
     A sum of products is at most `largest`, that of the input's magnitudes, times a row's sum of
     magnitudes: below 2^24 float32 is exact in any order of summation, below 2^53 float64 is.
@@ -87,7 +87,12 @@ def integer_linear(
     return _scaled((steps.astype(weight.dtype) @ weight.T).astype(np.float32), scale, bias)
 
 
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+def prepare_linear(weight: np.ndarray) -> Any:
+    """The weight as it is."""
+    return weight
+
+
+def linear(x: np.ndarray, weight: Any, bias: np.ndarray | None) -> np.ndarray:
     """A layer in float32: `x weight^T + bias`."""
     return x @ weight.T if bias is None else x @ weight.T + bias
 
@@ -198,6 +203,7 @@ REFERENCE: Operations = {
         binary_linear,
         prepare_integer,
         integer_linear,
+        prepare_linear,
         linear,
         layer_norm,
         gelu,

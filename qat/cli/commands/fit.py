@@ -1,10 +1,14 @@
 """`fit`: teacher training, distillation, quantization-aware training, binarization."""
 
+from typing import Literal
+
 from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
+from qat import checkpoint as files
 from qat.cli.arguments import add_run_arguments, add_training_arguments
-from qat.cli.console import console
+from qat.cli.console import console, show
+from qat.cli.packing import NAME, ROWS, check, evaluation_images, pack
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session, in_run_folder
 from qat.cli.training import train
@@ -14,6 +18,12 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `fit`."""
     add_run_arguments(parser)
     add_training_arguments(parser)
+    parser.add_argument(
+        "--export",
+        type=Literal["packed"] | None,
+        default=None,
+        help="Write the trained model as a packed file as well, and compare it.",
+    )
 
 
 @in_run_folder
@@ -22,7 +32,26 @@ def run(session: Session) -> None:
     train(session)
     if is_first_process():
         console.print(comparison_table(session.folder))
+        if session.config.export is not None:
+            export(session)
     console.print(f"run folder: {session.folder.path}")
+
+
+def export(session: Session) -> None:
+    """Write the trained model as a packed file, and add what that saves to `metrics.json`.
+
+    Raises:
+        ValueError: If it cannot be packed, or differs from the trained model.
+    """
+    folder = session.folder
+    model, path = files.load(folder.last), folder.path / NAME
+    saved = pack(model, path)
+    found = check(model, path, evaluation_images(session, model))
+    compared = {f"{key}_packed": value for key, value in found.items().items()}
+    folder.write_metrics({**folder.read_metrics(), **saved, **compared})
+    show({**saved, **found.items()}, ROWS, "Packed file")
+    console.print(f"packed file: {path}")
+    found.require_same()
 
 
 def comparison_table(folder: RunFolder) -> Table:

@@ -87,6 +87,6 @@ def test_the_table_holds_every_operation_by_its_name() -> None:
     assert all(REFERENCE[name].__name__ == name for name in REFERENCE)
     assert set(REFERENCE) == {
         "sign_pack", "prepare_binary", "binary_gemm", "binary_linear", "prepare_integer",
-        "integer_linear", "linear", "layer_norm", "gelu", "softmax", "rprelu", "shortcut", "react",
-        "binary_attention",
+        "integer_linear", "prepare_linear", "linear", "layer_norm", "gelu", "softmax", "rprelu",
+        "shortcut", "react", "binary_attention",
     }  # fmt: skip

@@ -1,0 +1,107 @@
+"""A model as a packed file in a run folder, its check, and what both say."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from qat import checkpoint as files
+from qat import runtime
+from qat.card import card_of, expected_by
+from qat.cli.session import Session
+from qat.data.listing import files_below, is_image
+from qat.export.measure import float_bytes, seconds_of_image
+from qat.export.pack import export_packed
+from qat.export.verify import Verification, verify
+from qat.preprocessing import Preprocessing
+from qat.runtime.images import Images, open_image
+
+NAME = "model.lowbit"
+ROWS = {
+    "bytes, float (safetensors)": ("size_float_bytes", "{:,}"),
+    "bytes, packed file": ("size_packed_bytes", "{:,}"),
+    "seconds an image, float (torch)": ("seconds_per_image_float", "{:.5f}"),
+    "seconds an image, packed (without torch)": ("seconds_per_image", "{:.5f}"),
+    "images compared with the simulated model": ("n_images", "{:,}"),
+    "of the same class": ("agreement", "{:.4f}"),
+    "gap of logits, median": ("logit_gap_median", "{:.2g}"),
+    "gap of logits, worst": ("logit_gap", "{:.2g}"),
+    "images with a gap beyond rounding": ("n_gaps", "{:,}"),
+    "of them not from a value on its threshold": ("n_faults", "{:,}"),
+    "codes compared, given the same values": ("n_codes", "{:,}"),
+    "of them other, the value on its threshold": ("n_codes_on_threshold", "{:,}"),
+    "gap of logits by 16-bit numbers, worst": ("logit_gap_half", "{:.2g}"),
+}
+
+
+def pack(model: nn.Module, path: Path, *, half: bool = False) -> dict[str, Any]:
+    """Write the packed file, and say what it saves.
+
+    Raises:
+        ValueError: If the model cannot be packed.
+    """
+    export_packed(model, path, half=half)
+    recipe = card_of(model).recipe
+    assert recipe is not None  # the export of a model without one has failed
+    float_model = files.build_model(recipe)
+    return {
+        "size_packed_bytes": path.stat().st_size,
+        "size_float_bytes": float_bytes(float_model),
+        **seconds_of_image(float_model, runtime.load(path)),
+    }
+
+
+def check(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Verification:
+    """The packed file beside the model it came from."""
+    return verify(model.cpu().eval(), runtime.load(path), batches)
+
+
+def evaluation_images(session: Session, model: nn.Module) -> Iterator[Tensor]:
+    """Batches of the recipe's evaluation images, preprocessed."""
+    data = session.data()
+    data.follow(model)
+    return (batch[0] for batch in data.val_dataloader() if len(batch[0]))
+
+
+def images_below(folder: str | Path, model: nn.Module) -> Iterator[Tensor]:
+    """The images below a folder, one a batch, preprocessed.
+
+    Raises:
+        ValueError: If there are none, or one cannot be read.
+    """
+    prepare = preparing(expected_by(model))
+    return (torch.from_numpy(prepare(open_image(path)))[None] for path in image_files(folder))
+
+
+def preparing(preprocessing: Preprocessing) -> Callable[[Image.Image], np.ndarray]:
+    """What the runtime does to an image before a model sees it.
+
+    Raises:
+        ValueError: If it does not know such preprocessing.
+    """
+    card = {"preprocessing": preprocessing.to_dict()}
+    return Images.of_card(card, preprocessing.input_size).prepare
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Image files below a folder, in the order of their names.
+
+    Raises:
+        ValueError: If there is no such folder, or it holds none.
+    """
+    found = [path for path in files_below(Path(folder)) if is_image(path)]
+    if not found:
+        raise ValueError(f"no images below '{folder}'; name a folder of image files with --images")
+    return found
+
+
+def first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The first images of batches; all of them for a count of 0."""
+    if not count:
+        return iter(batches)
+    return islice((image[None] for batch in batches for image in batch), count)
