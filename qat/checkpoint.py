@@ -150,6 +150,7 @@ def _rebuilt(data: Mapping[str, Any], path: str | Path, trust: tuple[str, ...]) 
 def _unpacked(path: str | Path, trust: tuple[str, ...]) -> nn.Module:
     """The model in a packed file."""
     found = packed.read(path)
+    runtime.run(found, path)  # refuses what contradicts itself
     try:
         model = _rebuilt(found.card, path, trust)
         fill_(model, found)

@@ -17,7 +17,7 @@ from qat.packed.network import Form
 from qat.quantizers import Codes, Phase, Quantizer, quantizers
 from qat.quantizers.companding import Companding
 
-CARD = ("model", "preprocessing", "class_names", "conversion", "versions")
+CARD = ("model", "preprocessing", "start", "class_names", "conversion", "versions")
 """What of a checkpoint's manifest a packed file holds."""
 
 

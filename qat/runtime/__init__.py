@@ -1,17 +1,20 @@
 """Runs a packed model with NumPy alone; no torch in the process.
 
-model = qat.runtime.load("model.lowbit")
-logits = model(images)                  # float32, preprocessed, (batch, channels, h, w)
-answers = model.predict(["cat.jpg"])    # class names and confidences
+Images in float32, preprocessed, (batch, channels, height, width), give logits; files of images give
+class names and confidences:
+
+    model = qat.runtime.load("model.lowbit")
+    logits = model(images)
+    answers = model.predict(["cat.jpg"])
 """
 
 from pathlib import Path
 
-from qat.packed import read
+from qat.packed import Packed, read
 from qat.runtime.model import Model, Prediction
 from qat.runtime.operations import REFERENCE, Operations
 
-__all__ = ["REFERENCE", "Model", "Operations", "Prediction", "load"]
+__all__ = ["REFERENCE", "Model", "Operations", "Prediction", "load", "run"]
 
 
 def load(path: str | Path, operations: Operations = REFERENCE) -> Model:
@@ -25,7 +28,14 @@ def load(path: str | Path, operations: Operations = REFERENCE) -> Model:
     Raises:
         ValueError: If the file is damaged, foreign or inconsistent.
     """
-    packed = read(path)
+    return run(read(path), path, operations)
+
+
+def run(packed: Packed, path: str | Path, operations: Operations = REFERENCE) -> Model:
+    """The model of a packed file that has been read; the arguments and errors are those of `load`.
+
+    Nothing larger than the file's own tensors, unpacked, is made before all of it is checked.
+    """
     try:
         return Model(packed, operations)
     except ValueError as error:

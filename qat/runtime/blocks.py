@@ -35,7 +35,8 @@ class Norm:
 
 def norm_or_none(parts: Parts, name: str, dim: int, eps: float) -> Norm | None:
     """A normalization that a network may have."""
-    return Norm(parts, name, dim, eps) if f"{name}.weight" in parts.tensors else None
+    present = any(f"{name}.{one}" in parts.tensors for one in ("weight", "bias"))
+    return Norm(parts, name, dim, eps) if present else None
 
 
 class Linear:
@@ -77,10 +78,17 @@ class Product:
         module: Name of the attention.
         left: Its left operand.
         right: Its right operand.
+        heads: Heads of the attention.
+        head_dim: Width of a head.
     """
 
-    def __init__(self, parts: Parts, module: str, left: str, right: str) -> None:
-        self.left, self.right = parts.grid(module, left), parts.grid(module, right)
+    def __init__(
+        self, parts: Parts, module: str, left: str, right: str, heads: int, head_dim: int
+    ) -> None:
+        self.left, self.right = (
+            parts.grid(module, operand, (heads, 1, 1 if operand == "attention" else head_dim))
+            for operand in (left, right)
+        )
         self.names = [f"{module}.{OPERANDS[operand]}" for operand in (left, right)]
 
     def __call__(
@@ -130,8 +138,9 @@ class Attention:
             norm_or_none(parts, f"{name}.{one}", self.head_dim, network.eps)
             for one in ("q_norm", "k_norm")
         )
-        self.qk = Product(parts, name, "query", "key")
-        self.av = Product(parts, name, "attention", "value")
+        shape = self.heads, self.head_dim
+        self.qk = Product(parts, name, "query", "key", *shape)
+        self.av = Product(parts, name, "attention", "value", *shape)
         self.context = (
             Norm(parts, f"{name}.context.norm", self.head_dim, network.react_eps)
             if name in network.context
@@ -158,7 +167,7 @@ class Attention:
         if self.context is not None:
             added = self.context(context.swapaxes(1, 2)) + query + key + value
             context = np.ascontiguousarray(added.swapaxes(1, 2))
-        context = context.reshape(batch, tokens, -1)
+        context = context.reshape(batch, tokens, self.heads * self.head_dim)
         return self.proj(context if self.norm is None else self.norm(context), see)
 
     def _products(

@@ -125,6 +125,8 @@ class Table(Grid):
 
     def __init__(self, scale: np.ndarray, bounds: np.ndarray, levels: np.ndarray) -> None:
         self.size, self.bounds, self.levels = scale, bounds, levels
+        if len(levels) != len(bounds) + 1 or (np.diff(bounds) < 0).any():
+            raise ValueError("a table has one level more than bounds, and bounds ascend")
 
     def codes(self, x: np.ndarray) -> np.ndarray:
         """Number of the level."""
@@ -140,14 +142,40 @@ class Table(Grid):
         return self.size
 
 
-def make_grid(form: Form, tensors: Tensors, name: str) -> Grid:
-    """The grid of a form whose tensors stand below a name."""
-    get = {key: tensors[f"{name}.{key}"] for key in form.tensors if f"{name}.{key}" in tensors}
-    return MAKERS[form.kind](get, form)
+def make_grid(form: Form, tensors: Tensors, name: str, shape: tuple[int, ...]) -> Grid:
+    """The grid of a form whose tensors stand below a name.
+
+    Args:
+        form: The form.
+        tensors: Arrays of the file.
+        name: Name of the operand.
+        shape: Trailing shape of the operand, 1 where its size varies.
+
+    Raises:
+        ValueError: If a tensor is missing, or does not fit the operand.
+    """
+    found = {}
+    for key in form.tensors:
+        value = tensors.get(f"{name}.{key}")
+        if value is None and key == "zero_point":
+            continue
+        if value is None or value.dtype != np.float32 or not _fits(form, key, value.shape, shape):
+            raise ValueError(f"tensor '{name}.{key}' is missing, or does not fit {shape}")
+        found[key] = value
+    return MAKERS[form.kind](found, form)
+
+
+def _fits(form: Form, key: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a form has a shape that goes with that of the operand."""
+    if form.kind == "table":
+        return len(found) == (key != "scale")
+    if form.kind.startswith("sign"):
+        return found == shape
+    return found in ((), (shape[0], *(1 for _ in shape[1:])))
 
 
 def _uniform(get: Tensors, form: Form) -> Grid:
-    zero_point = None if form.signed else get.get("zero_point")
+    zero_point = get.get("zero_point")
     return Uniform(get["scale"], zero_point, form.low, form.high)
 
 

@@ -1,7 +1,8 @@
 """Layers with a weight, by what their operands are: bits, integers, or values in floating point."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,30 +27,28 @@ class Parts:
         tensors: Arrays of the file, in float32 where they are no codes.
         operations: The table of operations.
         operands: For each module, the form of each quantized operand.
-        grids: Grid of each activation, by name.
+        grids: Grid of each activation, by name, once it is asked for.
     """
 
     tensors: Mapping[str, np.ndarray]
     operations: Operations
     operands: Mapping[str, Mapping[str, str]]
-    grids: Mapping[str, Grid]
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     @staticmethod
     def of(packed: Packed, network: Network, operations: Operations) -> "Parts":
         """The parts of a file."""
         tensors = {name: _widened(value) for name, value in packed.tensors.items()}
-        grids = {
-            f"{module}.{OPERANDS[operand]}": Form.parse(form)
-            for module, forms in network.operands.items()
-            for operand, form in forms.items()
-            if operand != "weight"
-        }
-        made = {name: make_grid(form, tensors, name) for name, form in grids.items()}
-        return Parts(tensors, operations, network.operands, made)
+        return Parts(tensors, operations, network.operands)
 
-    def grid(self, module: str, operand: str) -> Grid | None:
-        """The grid of an operand; None where it is in float."""
-        return self.grids.get(f"{module}.{OPERANDS[operand]}")
+    def grid(self, module: str, operand: str, shape: tuple[int, ...]) -> Grid | None:
+        """The grid of an operand of a trailing shape; None where it is in float."""
+        form = self.operands.get(module, {}).get(operand)
+        if form is None:
+            return None
+        name = f"{module}.{OPERANDS[operand]}"
+        self.grids[name] = make_grid(Form.parse(form), self.tensors, name, shape)
+        return self.grids[name]
 
     def vector(self, name: str, size: int) -> np.ndarray:
         """A float tensor of a known size.
@@ -77,7 +76,8 @@ class Layer:
     Args:
         parts: What it is made of.
         name: Its name.
-        k: Width of its input.
+        k: Width of its product.
+        shape: Trailing shape of its input, where that is not (k,).
         arrange: Rearranges the input once it is on its grid, such as an image to patches.
     """
 
@@ -86,11 +86,12 @@ class Layer:
         parts: Parts,
         name: str,
         k: int,
+        shape: tuple[int, ...] | None = None,
         arrange: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray,
     ) -> None:
-        self.name, self.arrange = name, arrange
-        self.grid = parts.grid(name, "input")
-        self.product, self.num_outputs = _product(parts, name, k, self.grid, arrange)
+        self.name = name
+        grid = parts.grid(name, "input", shape or (k,))
+        self.product, self.num_outputs = _product(parts, name, k, grid, arrange)
 
     def __call__(self, x: np.ndarray, see: See) -> np.ndarray:
         """The output (..., outputs)."""
@@ -175,13 +176,13 @@ def _bits(run: Operations, grid: Sign, stored: Stored, k: int, bias: np.ndarray 
     weight = run["prepare_binary"](words(stored.rows), k)
 
     def product(x: np.ndarray) -> np.ndarray:
-        groups = np.ascontiguousarray(x.reshape(len(x), -1, k))
+        groups = np.ascontiguousarray(x).reshape(len(x), prod(x.shape[1:-1]), k)
         threshold = np.ascontiguousarray(grid.thresholds(x).reshape(-1, k), np.float32)
         signs = run["sign_pack"](groups, threshold)
         out = run["binary_linear"](
             signs.reshape(-1, signs.shape[-1]), weight, k, stored.scale, bias
         )
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     return product
 
@@ -204,7 +205,7 @@ def _integers(
         else:
             out = run["integer_linear"](rows, weight, stored.scale, None) * scale.reshape(-1, 1)
             out = out if bias is None else out + bias
-        return out.reshape(*steps.shape[:-1], -1)
+        return out.reshape(*steps.shape[:-1], out.shape[-1])
 
     return product
 
@@ -223,6 +224,6 @@ def _values(
     def product(x: np.ndarray) -> np.ndarray:
         values = arrange(x if grid is None else grid.values(x))
         out = run["linear"](np.ascontiguousarray(values).reshape(-1, width), ready, bias)
-        return out.reshape(*values.shape[:-1], -1)
+        return out.reshape(*values.shape[:-1], out.shape[-1])
 
     return product

@@ -50,8 +50,9 @@ class Model:
         parts = Parts.of(packed, network, operations)
         self.grids = parts.grids
         self.softmax = operations["softmax"]
-        width = int(np.prod((network.image[0], *network.patch)))
-        self.patches = Layer(parts, "patch_embed.proj", width, self._to_patches)
+        channels = network.image[0]
+        width = channels * network.patch[0] * network.patch[1]
+        self.patches = Layer(parts, "patch_embed.proj", width, (channels, 1, 1), self._to_patches)
         self.dim = dim = self.patches.num_outputs
         self.prefix = [
             parts.vector(name, packed.tensors[name].size).reshape(1, -1, dim)
@@ -126,7 +127,7 @@ class Model:
         rows, columns = height // high, width // wide
         x = x[:, :, : rows * high, : columns * wide]
         x = x.reshape(batch, channels, rows, high, columns, wide).transpose(0, 2, 4, 1, 3, 5)
-        return np.ascontiguousarray(x).reshape(batch, rows * columns, -1)
+        return np.ascontiguousarray(x).reshape(batch, rows * columns, channels * high * wide)
 
     def _tokens(self, x: np.ndarray, see: See) -> np.ndarray:
         """Tokens of images, with their positions."""

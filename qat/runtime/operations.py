@@ -148,7 +148,7 @@ def shortcut(x: np.ndarray, num_outputs: int) -> np.ndarray:
     rows, width = x.shape
     if num_outputs >= width:
         return np.tile(x, (1, num_outputs // width))
-    return x.reshape(rows, num_outputs, -1).mean(-1)
+    return x.reshape(rows, num_outputs, width // num_outputs).mean(-1)
 
 
 def react(
