@@ -2,8 +2,8 @@
 
 Both run on the same images. Where logits differ by more than rounding, the inputs of all grids are
 compared in the order in which they are computed. At the first grid where a value has another code
-in the two runs, the two values are compared: if they are nearly equal, a threshold lies between
-them, both sat on it, and the difference is one of rounding. Anything else is a fault.
+in the two runs, the two values are compared: if they are as near as rounding leaves values of that
+size, a threshold lies between them, both sat on it. Anything else is a fault.
 
 Apart from that every grid is given the simulated model's values, and its codes are compared.
 """
@@ -23,7 +23,7 @@ from qat.runtime.grids import Grid, Token
 from qat.spec import Operand
 
 NEAR = 1e-5
-"""Values this near to a threshold, relative to themselves if above 1, may fall to either side."""
+"""Values this near to a threshold may fall to either side; relative to values above 1."""
 ROUNDING = 1e-4
 """Gap of logits, relative to the largest if above 1, that needs no explanation."""
 IMAGES_AT_ONCE = 8
@@ -220,9 +220,9 @@ def _first_difference(
         differ = made != values[name][row : row + 1]
         if differ.any():
             one, other = theirs[name][row : row + 1][differ], ours[name][row : row + 1][differ]
-            apart = np.abs(one - other)
-            on_threshold = bool((apart <= _tolerance(one)).all())
-            return Difference(image, gap, name, float(apart.max()), on_threshold)
+            apart = float(np.abs(one - other).max())
+            rounding = NEAR * max(1.0, float(np.abs(theirs[name][row]).max()))
+            return Difference(image, gap, name, apart, apart <= rounding)
     return Difference(image, gap, None, 0.0, False)
 
 
