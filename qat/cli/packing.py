@@ -94,7 +94,8 @@ def image_files(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: If there is no such folder, or it holds none.
     """
-    found = [path for path in files_below(Path(folder)) if is_image(path)]
+    there = files_below(Path(folder)) if Path(folder).is_dir() else ()
+    found = [path for path in there if is_image(path)]
     if not found:
         raise ValueError(f"no images below '{folder}'; name a folder of image files with --images")
     return found

@@ -66,9 +66,10 @@ class Session:
         here: Processes = ONE,
     ) -> "Session":
         """The session of a command, in the run folder that the user asked for."""
-        placed(config.trainer, here)  # refused before there is a folder
-        if idle := left_aside(config.trainer, here) if here.alone else "":
-            console.print(f"{command} runs in one process and leaves aside {idle}")
+        if "trainer" in config:  # not every command has one
+            placed(config.trainer, here)  # refused before there is a folder
+            if idle := left_aside(config.trainer, here) if here.alone else "":
+                console.print(f"{command} runs in one process and leaves aside {idle}")
         adopt_slurm(here)
         folder = _folder(config.run_dir, _recipe_name(config), here)
         return Session(command, parser, config, folder, flags, here)
