@@ -16,9 +16,9 @@ from qat.cli.predictions import predictions
 from qat.cli.stream_scores import Agreement, Scores
 from qat.cli.tables import GrowingTable
 from qat.cost.footprint import Footprint
-from qat.data.reading import Refusals
 from qat.data.streams import Stream, StreamBatch
 from qat.models import num_classes_of
+from qat.reading import Refusals
 from qat.tta import Adapter, Answer
 from qat.tta.parts import part, with_part
 from qat.tta.store import Store

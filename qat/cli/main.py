@@ -43,8 +43,6 @@ IN_ONE_PROCESS = COMMANDS.keys() - {"fit", "plan"}
 """Commands that leave further processes and devices of a recipe aside."""
 FAILED, UNUSABLE = 1, 2
 """Status of a run that fails, and of arguments that cannot be used."""
-WITHOUT_RECIPE = frozenset({"predict"})
-"""Commands that take everything from the model."""
 COMMAND, RECIPE = "fit", "default"
 PROGRAM = "lowbit-vit" if Path(sys.argv[0]).stem == "lowbit-vit" else "train.py"
 DESCRIPTION = f"Low-bit vision transformers. Without a command: {COMMAND} --config {RECIPE}"
@@ -72,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell_rank(here)
         _quieten()
         parser = make_parser(name)
-        words = words if name in WITHOUT_RECIPE else with_kept_recipe(words)
+        words = with_kept_recipe(words)
         require_once(words)
         config = parser.parse_args(with_save_dir(spelled_out(name, words)))
         status = FAILED

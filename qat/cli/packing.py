@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from qat import checkpoint as files
 from qat import runtime
-from qat.card import card_of, expected_by
+from qat.card import card_of
 from qat.cli.session import Session
-from qat.data.listing import files_below, is_image
 from qat.export.measure import float_bytes, seconds_of_image
 from qat.export.pack import export_packed
 from qat.export.verify import Verification, verify
 from qat.preprocessing import Preprocessing
-from qat.runtime.images import Images, open_image
+from qat.runtime.images import Images
 
 NAME = "model.lowbit"
 ROWS = {
@@ -68,16 +66,6 @@ def evaluation_images(session: Session, model: nn.Module) -> Iterator[Tensor]:
     return (batch[0] for batch in data.val_dataloader() if len(batch[0]))
 
 
-def images_below(folder: str | Path, model: nn.Module) -> Iterator[Tensor]:
-    """The images below a folder, one a batch, preprocessed.
-
-    Raises:
-        ValueError: If there are none, or one cannot be read.
-    """
-    prepare = preparing(expected_by(model))
-    return (torch.from_numpy(prepare(open_image(path)))[None] for path in image_files(folder))
-
-
 def preparing(preprocessing: Preprocessing) -> Callable[[Image.Image], np.ndarray]:
     """What the runtime does to an image before a model sees it.
 
@@ -86,19 +74,6 @@ def preparing(preprocessing: Preprocessing) -> Callable[[Image.Image], np.ndarra
     """
     card = {"preprocessing": preprocessing.to_dict()}
     return Images.of_card(card, preprocessing.input_size).prepare
-
-
-def image_files(folder: str | Path) -> list[Path]:
-    """Image files below a folder, in the order of their names.
-
-    Raises:
-        ValueError: If there is no such folder, or it holds none.
-    """
-    there = files_below(Path(folder)) if Path(folder).is_dir() else ()
-    found = [path for path in there if is_image(path)]
-    if not found:
-        raise ValueError(f"no images below '{folder}'; name a folder of image files with --images")
-    return found
 
 
 def first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:

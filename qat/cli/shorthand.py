@@ -55,7 +55,9 @@ def _model_of(command: str, word: str) -> Mapping[str, Any]:
 
 
 def _photos_of(command: str, word: str) -> Mapping[str, Any]:
-    found = {TRAIN: None, VAL: images(word), "data.calibrate_on": "val"}
+    answered = command in ("export", "predict")  # then all of them, and none calibrates
+    calibrating = "train" if answered else "val"
+    found = {TRAIN: None, VAL: images(word), "data.calibrate_on": calibrating}
     arrival = {"stream.protocol": "qat.data.protocols.Arrival"}
     return {**found, **(arrival if command == "adapt" else {})}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from qat.data.reading import shown
+from qat.reading import shown
 
 LITTER = frozenset((
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "__pycache__", "@eadir",

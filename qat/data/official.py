@@ -10,8 +10,8 @@ from qat.data.classes import ClassNames
 from qat.data.corrupted import imagenet_crop
 from qat.data.corruptions import Domain
 from qat.data.listing import class_folders, class_name, is_hidden
-from qat.data.reading import Unreadable, read_file
 from qat.data.sources import Source
+from qat.reading import Unreadable, read_file
 
 
 class ImageNetC:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from qat.data.reading import Unreadable
 from qat.data.sources import Source
+from qat.reading import Unreadable
 
 Key = tuple[int, int]
 Position = Callable[[], tuple[int, int]]

@@ -18,14 +18,14 @@ from timm.data.dataset_factory import create_dataset
 from qat.data import tables
 from qat.data.classes import ClassNames, Labels, relabelled
 from qat.data.listing import class_folders, class_name, images_below, split_folder
-from qat.data.reading import decoded, read_bytes, read_file
+from qat.reading import decoded, read_bytes, read_file
 
 UNKNOWN = -1
 """The label of an image that has none."""
 
 
 class Source:
-    """A dataset of (PIL image, class index); an image is 8-bit grey or RGB, see `qat.data.reading`.
+    """A dataset of (PIL image, class index); an image is 8-bit grey or RGB, see `qat.reading`.
 
     Args:
         read: Returns the image at an index.

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from qat.data.classes import ClassNames, relabelled
 from qat.data.corrupted import CorruptedImages
 from qat.data.protocols import StreamProtocol
-from qat.data.reading import Unreadable
 from qat.preprocessing import Preprocessing
+from qat.reading import Unreadable
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from qat.data.classes import ClassNames
 from qat.data.listing import class_name, files_below
-from qat.data.reading import shown
+from qat.reading import shown
 
 Rows = list[tuple[int, dict[str, str | None]]]
 """Number of each row, the header being 1, and its cells by column."""

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from qat.card import amend, card_of, expected_by
 from qat.data.classes import ClassNames, listed
-from qat.data.reading import Refusals, Unreadable
 from qat.data.samples import EpochSampler, LabelledBatch, LazyLoader, Samples, ShareSampler, collate
 from qat.data.sources import Source, aligned, subset
 from qat.models import num_classes_of
 from qat.preprocessing import Preprocessing, check_transform
+from qat.reading import Refusals, Unreadable
 
 
 class VisionData(LightningDataModule):
@@ -24,7 +24,7 @@ class VisionData(LightningDataModule):
 
     Preprocessing follows the model; a setting here that contradicts it is refused, not obeyed.
     Labels follow the model's class names. What becomes of images that cannot be read is said in
-    `qat.data.reading`.
+    `qat.reading`.
 
     Args:
         train: Training images; None where nothing is trained.

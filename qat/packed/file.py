@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from qat import disk
+
 FORMAT = "lowbit-packed/1"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 """Types of tensors by their name in the header."""
@@ -51,9 +53,7 @@ def write(path: str | Path, packed: Packed) -> None:
     text = _header(packed)
     data = (np.ascontiguousarray(value).tobytes() for _, value in _ordered(packed))
     whole = b"".join([len(text).to_bytes(8, "little"), text, *data])
-    part = Path(f"{path}.part")
-    part.write_bytes(whole.replace(NO_HASH.encode(), digest(whole, NO_HASH).encode(), 1))
-    part.replace(path)
+    disk.write(path, whole.replace(NO_HASH.encode(), digest(whole, NO_HASH).encode(), 1))
 
 
 def digest(whole: bytes, found: str) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,6 @@ from PIL import Image
 
 LARGEST_RESIZE = 4
 """Side of the resized image over that of the crop, at most."""
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An image file, fully decoded.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:  # decoders of broken files raise anything
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"image '{path}' cannot be read ({reason})") from None
 
 
 @dataclass(frozen=True)

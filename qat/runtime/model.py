@@ -8,9 +8,10 @@ import numpy as np
 
 from qat.packed import Packed
 from qat.packed.network import Network
+from qat.reading import read_file
 from qat.runtime.blocks import Block, Norm, norm_or_none
 from qat.runtime.grids import See
-from qat.runtime.images import Images, open_image
+from qat.runtime.images import Images
 from qat.runtime.layers import Layer, Parts
 from qat.runtime.operations import Operations
 
@@ -115,7 +116,7 @@ class Model:
         """
         names, found = self.class_names, []
         for path in paths:
-            confidences = self.softmax(self(self.images.prepare(open_image(path))[None]))[0]
+            confidences = self.softmax(self(self.images.prepare(read_file(path))[None]))[0]
             best = int(confidences.argmax())
             found.append(Prediction(names[best], float(confidences[best]), best))
         return found

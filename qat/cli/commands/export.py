@@ -3,13 +3,12 @@
 from typing import Literal
 
 from pytorch_lightning.cli import LightningArgumentParser
-from torch import Tensor, nn
 
 from qat import checkpoint as files
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, show
 from qat.cli.evaluation import model_items
-from qat.cli.packing import NAME, ROWS, check, evaluation_images, first, images_below, pack
+from qat.cli.packing import NAME, ROWS, check, evaluation_images, first, pack
 from qat.cli.session import Session
 from qat.cli.start import loaded
 from qat.cli.trackers import finish, trackers
@@ -35,13 +34,8 @@ def add_arguments(parser: LightningArgumentParser) -> None:
         nargs="?",
         const=0,
         default=None,
-        help="Compare with the simulated model, on this many images; without a number, on all.",
-    )
-    parser.add_argument(
-        "--images",
-        type=str | None,
-        default=None,
-        help="Folder of images to compare on, in place of the recipe's evaluation images.",
+        help="Compare with the simulated model on this many images, without a number on all: those "
+        "the recipe evaluates, or those below --images DIR.",
     )
 
 
@@ -58,7 +52,8 @@ def run(session: Session) -> None:
     session.prepare()
     model = loaded(session)
     check_coverage(model, config.require_coverage)
-    batches = images(session, model)
+    asked = config.verify is not None
+    batches = list(first(evaluation_images(session, model), config.verify)) if asked else []
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     items = {**model_items(model), **pack(model, path, half=config.half)}
@@ -76,13 +71,3 @@ def run(session: Session) -> None:
     show(items, ROWS)
     console.print(f"packed file: {path}")
     found.require_same()
-
-
-def images(session: Session, model: nn.Module) -> list[Tensor]:
-    """What to compare on: nothing where no comparison is asked for."""
-    config = session.config
-    if config.verify is None:
-        return []
-    if config.images is not None:
-        return list(first(images_below(config.images, model), config.verify))
-    return list(first(evaluation_images(session, model), config.verify))

@@ -1,67 +1,66 @@
 """`predict`: classes and confidences of images without labels, by a checkpoint or a packed file."""
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pytorch_lightning.cli import LightningArgumentParser
 
 from qat import checkpoint as files
-from qat import runtime
+from qat import disk, runtime
 from qat.card import card_of, expected_by
-from qat.cli.arguments import add_run_arguments
+from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import console
-from qat.cli.packing import image_files, preparing
+from qat.cli.packing import preparing
 from qat.cli.session import Session
 from qat.cli.start import require_calibrated
+from qat.data.sources import Source
 from qat.models import num_classes_of
 from qat.packed import is_packed
-from qat.runtime.images import open_image
+from qat.reading import Unreadable
 from qat.runtime.operations import softmax
 
-COLUMNS: tuple[str, ...] = ("image", "class", "index", "confidence", "refused")
+COLUMNS = ("image", "class", "index", "confidence", "refused")
+NUM_NAMED = 10
+"""Refused images that are printed; the table has all."""
 Logits = Callable[[np.ndarray], np.ndarray]
+Prepare = Callable[[Image.Image], np.ndarray]
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
-    """Arguments of `predict`: a model and a folder; it needs no recipe."""
+    """Arguments of `predict`: those of `fit`, so that its recipes serve both."""
     add_run_arguments(parser)
-    parser.add_argument("--images", type=str | None, default=None, help="Folder of the images.")
+    add_training_arguments(parser)
 
 
 def run(session: Session) -> None:
     """Write `predictions.csv`, a row an image, and `metrics.json`.
 
     Raises:
-        ValueError: If a model or images are missing, or no image can be read.
+        ValueError: If a model is missing, or no image can be read.
     """
     config, folder = session.config, session.folder
-    if config.ckpt_path is None or config.images is None:
-        raise ValueError("predict needs a model, --ckpt_path F, and images, --images DIR")
+    if config.ckpt_path is None:
+        raise ValueError("nothing to predict with: name a checkpoint or packed file, --ckpt_path F")
     session.require_new()
     session.prepare()
-    paths = image_files(config.images)
-    logits, names, prepare = answering(config.ckpt_path)
-    rows = list(predictions(paths, logits, names, prepare))
-    refused = [row for row in rows if row["refused"]]
-    for row in refused[:10]:
-        console.print(f"refused: {row['refused']}", highlight=False)
+    source = session.data().evaluation_source()
+    rows = list(predictions(source, *answering(config.ckpt_path)))
+    refused = [row["refused"] for row in rows if row["refused"]]
+    for reason in refused[:NUM_NAMED]:
+        console.print(f"refused: {reason}", highlight=False)
     if len(refused) == len(rows):
-        raise ValueError(f"none of the {len(rows)} images below '{config.images}' can be read")
+        raise ValueError(f"none of the {len(rows)} images can be read")
     folder.path.mkdir(parents=True, exist_ok=True)
-    with open(folder.path / "predictions.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    counts = {"n_images": len(rows) - len(refused), "n_refused": len(refused), "n_labelled": 0}
+    disk.write(folder.path / "predictions.csv", disk.csv_of(rows))
+    counts = {"n_images": len(rows), "n_refused": len(refused), "n_labelled": 0}
     folder.write_metrics(session.items("cpu") | counts)
-    console.print(f"predictions of {counts['n_images']:,} images: {folder.path}/predictions.csv")
+    console.print(f"predictions of {len(rows):,} images: {folder.path}/predictions.csv")
 
 
-def answering(path: str) -> tuple[Logits, Sequence[str], Callable[[Any], np.ndarray]]:
+def answering(path: str) -> tuple[Logits, Sequence[str], Prepare]:
     """What gives logits of images, the names of its classes, and what prepares an image."""
     if is_packed(path):
         packed = runtime.load(path)
@@ -78,18 +77,17 @@ def answering(path: str) -> tuple[Logits, Sequence[str], Callable[[Any], np.ndar
 
 
 def predictions(
-    paths: Sequence[Path],
-    logits: Logits,
-    names: Sequence[str],
-    prepare: Callable[[Any], np.ndarray],
+    source: Source, logits: Logits, names: Sequence[str], prepare: Prepare
 ) -> Iterator[dict[str, Any]]:
     """A row for each image; of one that cannot be read, the reason."""
-    for path in paths:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"image": str(path)}
+    for index in range(len(source)):
+        name = index if source.files is None else source.files[index]
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"image": name}
         try:
-            confidences = softmax(logits(prepare(open_image(path))[None]))[0]
-        except ValueError as error:
+            image = source.image(index)
+        except Unreadable as error:
             yield row | {"refused": str(error)}
             continue
+        confidences = softmax(logits(prepare(image)[None]))[0]
         best = int(confidences.argmax())
         yield row | {"class": names[best], "index": best, "confidence": f"{confidences[best]:.6f}"}

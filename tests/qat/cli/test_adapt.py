@@ -19,9 +19,9 @@ from qat.cli.adaptation import Adaptation
 from qat.cli.session import Session
 from qat.data.corrupted import Generated
 from qat.data.protocols import Continual, ResetEachShift
-from qat.data.reading import Unreadable
 from qat.data.sources import Source, digits
 from qat.data.streams import Stream
+from qat.reading import Unreadable
 from qat.tta import Adapter, Guard
 from qat.tta.store import Store
 from tests import runs

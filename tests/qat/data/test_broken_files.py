@@ -15,10 +15,10 @@ from PIL import Image
 
 from qat.data.corrupted import Generated
 from qat.data.protocols import Continual
-from qat.data.reading import Unreadable, read_file
 from qat.data.sources import Source
 from qat.data.streams import Stream
 from qat.preprocessing import Preprocessing
+from qat.reading import Unreadable, read_file
 
 SMALL = Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)

@@ -10,10 +10,10 @@ from qat.data.corrupted import CorruptedImages
 from qat.data.corruptions import Domain
 from qat.data.official import CifarC, ImageNetC
 from qat.data.protocols import CleanAfterShift, Continual
-from qat.data.reading import Unreadable
 from qat.data.sources import Source
 from qat.data.streams import Stream
 from qat.preprocessing import Preprocessing
+from qat.reading import Unreadable
 
 SYNSETS = ("n01440764", "n02123045", "n15075141")  # classes 0, 281 and 999 of ImageNet-1k
 EXPECTS = Preprocessing((3, 224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "center")

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 
 import qat
 from qat.card import amend, card_of
-from qat.data.reading import Unreadable
 from qat.data.samples import LabelledBatch
 from qat.data.sources import Source, digits, subset
 from qat.lightning.comparison import Comparison
 from qat.lightning.data import VisionData
 from qat.lightning.modules import Distillation
+from qat.reading import Unreadable
 from tests.conftest import make_tiny_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read:UserWarning")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qat.data.reading import NUM_NAMED, Refusals, Unreadable, decoded, read_bytes, read_file, shown
+from qat.reading import NUM_NAMED, Refusals, Unreadable, decoded, read_bytes, read_file, shown
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 GREY = Image.fromarray(LEVELS)
