@@ -11,7 +11,7 @@ or RGB:
   picture in a photo of a camera (MPO) and the layers of a PSD are not frames.
 - Cut files, and pictures of more than 179 million pixels, are refused.
 
-What is refused is named with its reason, once, and no other image takes its place:
+What is refused is named with its reason, once, and no other image takes its label:
 
 - in training it is left out, and counted as `n_refused_train`;
 - in evaluation and in a stream it counts as a wrong answer, and in `n_refused` and `n_images`;
@@ -75,12 +75,10 @@ def decoded(opened: Callable[[], Image.Image], name: str) -> Image.Image:
         Unreadable: If it cannot be read as it was meant.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and odd metadata, which are read
-            with opened() as image:
-                _require_one_picture(image)
-                image.load()
-                return upright(eight_bit(image), _orientation(image))
+        with opened() as image:
+            _require_one_picture(image)
+            image.load()
+            return upright(eight_bit(image), _orientation(image))
     except Unreadable:
         raise
     except Exception as error:  # decoders of broken files raise anything

@@ -169,6 +169,7 @@ def _quieten() -> None:
         ".*treespec, LeafSpec.*",  # Lightning 2.6 with torch 2.15
     ):
         warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", module="PIL")  # of odd pictures; it reads or refuses them
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from qat.data.protocols import Arrival, StreamProtocol
 from qat.data.streams import Stream
 from qat.lightning.data import VisionData
 from qat.lightning.training import Initialise
+from qat.models import num_classes_of
 from qat.tta import Adapter, Guard, Method
 from qat.tta.store import SLOTS, Store
 
@@ -221,6 +222,13 @@ def say_what_never_adapted(session: Session) -> None:
 def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, seed: int) -> Stream:
     """The stream over the evaluation images of a recipe."""
     images = settings.images or _images(settings, data, seed)
+    names, classes = card_of(model).class_names, num_classes_of(model)
+    comparable = settings.images is None or None not in (names, images.class_names)
+    if not comparable and images.num_classes != classes:
+        raise ValueError(
+            f"the model has {classes} classes, the stream's images have {images.num_classes}; set "
+            f"their num_classes to {classes}, or take the model of their classes"
+        )
     return Stream(
         images,
         settings.protocol,
@@ -228,7 +236,7 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
         settings.batch_size,
         seed,
         settings.num_images,
-        card_of(model).class_names,
+        names,
     )
 
 

@@ -142,3 +142,18 @@ def test_folder_of_photos_is_read_in_either_layout(home: Path, tmp_path: Path) -
     for root, sizes in ((home, (24, 12)), (photos(tmp_path / "mine", count=10), (24, 6))):
         data = open_session("fit", "--config", "qat/photos", "--data", str(root)).data()
         assert (len(data.train), len(data.val)) == sizes
+
+
+def test_stream_of_other_classes_than_the_models_is_one_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for names, message in ((("cat", "hound"), "the stream has other classes"), (NAMES, "")):
+        root = tmp_path / str(len(names))
+        photos(root / "contrast" / "5", names, 2)
+        words = ("--stream.images", "qat.data.official.ImageNetC", "--stream.images.root", root)
+        words += ("--stream.images.num_classes", len(names), "--run_dir", root / "run")
+        words += ("--stream.protocol.init_args.corruptions=[contrast]", *QUIET)
+        words += ("--ckpt_path", home / "fit" / "checkpoints" / "last.ckpt")
+        status = runs.run("adapt", "--config", home / "recipe.yaml", *words)
+        assert status == (1 if message else 0)
+        assert message in capsys.readouterr().err
