@@ -46,6 +46,20 @@ def relabelled(
     return places[np.asarray(labels, dtype=np.int64)]
 
 
+def require_number(found: int, wanted: int, names: ClassNames | None) -> None:
+    """Refuse data with another number of classes than the model.
+
+    Raises:
+        ValueError: With both numbers, and the names of the data's classes.
+    """
+    if found != wanted:
+        named = f" ({listed(names)})" if names else ""
+        raise ValueError(
+            f"the model has {wanted} classes, the data has {found}{named}; set "
+            f"model.model.num_classes to {found}, or correct the data"
+        )
+
+
 def listed(names: Sequence[str]) -> str:
     """The first class names of some, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

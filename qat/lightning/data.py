@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qat.card import amend, card_of, expected_by
-from qat.data.classes import ClassNames, listed
+from qat.data.classes import ClassNames, require_number
 from qat.data.samples import EpochSampler, LabelledBatch, LazyLoader, Samples, ShareSampler, collate
 from qat.data.sources import Source, aligned, subset
+from qat.data.transforms import augmented
 from qat.models import num_classes_of
 from qat.preprocessing import Preprocessing, check_transform
 from qat.reading import Refusals, Unreadable
@@ -104,13 +105,8 @@ class VisionData(LightningDataModule):
             self.train = aligned(self.train, names, "data.train", complete=True)
         self.val = aligned(self.val, names, "data.val", complete=False)
         for source in filter(None, (self.train, self.val)):
-            if source.labelled and source.num_classes != num_classes:
-                named = f" ({listed(source.class_names)})" if source.class_names else ""
-                raise ValueError(
-                    f"the model has {num_classes} classes, the data has {source.num_classes}"
-                    f"{named}; set model.model.num_classes to {source.num_classes}, or correct the "
-                    "data"
-                )
+            if source.labelled:
+                require_number(source.num_classes, num_classes, source.class_names)
         self.expected = preprocessing
 
     def require_labels(self) -> None:
@@ -299,11 +295,4 @@ class VisionData(LightningDataModule):
     def _train_transform(self, preprocessing: Preprocessing) -> Any:
         if self.augment is None:
             return self._eval_transform(preprocessing)
-        settings = self._settings(preprocessing)
-        del settings["crop_pct"], settings["crop_mode"]
-        try:
-            return create_transform(**settings, is_training=True, **self.augment)
-        except TypeError as error:
-            raise ValueError(
-                f"data.augment: {error}; see the arguments of timm.data.create_transform"
-            ) from None
+        return augmented(self._settings(preprocessing), self.augment)
