@@ -104,7 +104,9 @@ class Adaptation:
         self.refused.add(filter(None, batch.faults))
         images = batch.images.to(self.adapter.on.like.device)
         weigh = batch.position < WEIGHED
-        source, seconds_source = self._measured("source", self.adapter.source, images, weigh)
+        # Refused rows are NaN, of which a quantizer can make an index; their answers are not used.
+        sound = images.nan_to_num()
+        source, seconds_source = self._measured("source", self.adapter.source, sound, weigh)
         answer, seconds = self._measured("adapted", self.adapter.adapt, images, weigh)
         self.first_failure = self.first_failure or (
             answer.reason if answer.outcome == "rolled back" else ""
