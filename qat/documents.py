@@ -20,13 +20,23 @@ def read_yaml(path: Path, kind: str) -> Any:
     """
     try:
         text = path.read_text()
-        for mapping in _mappings(yaml.compose(text, yaml.SafeLoader), set()):
-            _require_unique_keys(mapping)
+        require_unique_keys(text)
         return yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{kind} '{path}' is no YAML: {error}") from None
     except ValueError as error:
         raise ValueError(f"{kind} '{path}': {error}") from None
+
+
+def require_unique_keys(text: str) -> None:
+    """Refuse YAML in which a mapping has a key twice.
+
+    Raises:
+        ValueError: If there is one.
+        YAMLError: If it is no YAML.
+    """
+    for mapping in _mappings(yaml.compose(text, yaml.SafeLoader), set()):
+        _require_unique_keys(mapping)
 
 
 def _mappings(node: Any, seen: set[int]) -> Iterator[yaml.MappingNode]:

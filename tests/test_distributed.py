@@ -1,5 +1,7 @@
-"""Two processes train one model, and evaluate every image once."""
+"""Two processes train one model and evaluate every image once, whoever started them."""
 
+import contextlib
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -8,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from qat.checkpoint import digest, read
+from qat.cli.main import main
 from tests import runs
 
 SCRIPT = '''
@@ -107,3 +111,134 @@ def test_two_processes_end_with_one_model_and_evaluate_every_image_once(tmp_path
     assert found["top1"] == alone["top1"]
     assert found["top5"] == alone["top5"]
     assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def _process(environment: dict[str, str], folder: Path, words: tuple[object, ...]) -> None:
+    """The command line in a process that something started as one of several."""
+    os.environ.update(environment)
+    with (
+        contextlib.chdir(folder),
+        open(f"{environment['NAME']}.log", "w") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        status = main([*map(str, words)])
+    os._exit(status)  # the copy of the process that runs the tests has more to do at its end
+
+
+def _run_as(environments: list[dict[str, str]], folder: Path, *words: object) -> list[int]:
+    """Exit statuses of copies of this process, each under further environment variables."""
+    context = multiprocessing.get_context("fork")
+    started = []
+    for rank, environment in enumerate(environments):
+        named = {**environment, "NAME": str(rank)}
+        started.append(context.Process(target=_process, args=(named, folder, words)))
+        started[-1].start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def _torchrun(port: int) -> list[dict[str, str]]:
+    common = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def _slurm(port: int) -> list[dict[str, str]]:
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "MASTER_PORT": str(port)}
+    return [{**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A recipe of three steps."""
+    return runs.write_recipe(
+        tmp_path / "recipe.yaml",
+        model={"model": {"init_args": {"model_args": runs.TINY}}},
+        trainer={"max_epochs": 1, "limit_train_batches": 3, "enable_progress_bar": False},
+    )
+
+
+def test_processes_of_torchrun_train_together_in_one_folder_that_the_first_one_names(
+    tiny: Path, tmp_path: Path
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert _run_as(_torchrun(store.port), tmp_path, "fit", "--config", tiny) == [0, 0]
+    (folder,) = (tmp_path / "runs").iterdir()
+    found = runs.metrics(folder)
+    assert found["n_images"] == 360 and found["epochs"] == 1
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "checkpoints"}
+    assert (tmp_path / "0.log").read_text().count("run folder") == 1
+
+
+def test_tasks_of_slurm_train_together(tiny: Path, tmp_path: Path) -> None:
+    words = ("fit", "--config", tiny, "--run_dir", "run", "--trainer.devices", 2)
+    assert _run_as(_slurm(_free_port()), tmp_path, *words) == [0, 0]
+    assert runs.metrics(tmp_path / "run")["n_images"] == 360
+
+
+def test_tasks_of_slurm_without_a_folder_are_told_to_name_one(tiny: Path, tmp_path: Path) -> None:
+    words = ("fit", "--config", tiny, "--trainer.devices", 2)
+    assert _run_as(_slurm(_free_port()), tmp_path, *words) == [1, 1]
+    for rank in (0, 1):
+        (line,) = (tmp_path / f"{rank}.log").read_text().splitlines()
+        assert "SLURM_NTASKS" in line and "--run_dir" in line
+
+
+def test_command_in_one_process_leaves_the_others_nothing_to_do(tiny: Path, tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = ("test", "--config", tiny, "--run_dir", "run")
+    assert _run_as(_torchrun(store.port), tmp_path, *words) == [0, 0]
+    assert runs.metrics(tmp_path / "run")["n_images"] == 360
+    said = "test runs in one process and leaves aside the other 1 that torchrun started"
+    assert said in (tmp_path / "0.log").read_text()
+
+
+@pytest.mark.parametrize("command", ["test", "quantize", "search", "adapt"])
+def test_recipe_of_two_devices_runs_in_one_process_under_other_commands(
+    command: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more: dict[str, tuple[object, ...]] = {
+        "test": (),
+        "quantize": ("--model.plan", "w8a8", "--model.quantizer", "qat.quantizers.Affine"),
+        "adapt": ("--stream.style", "cifar", "--stream.num_images", 5),
+    }
+    more["search"] = (*more["quantize"], "--data.num_calibration", 4, "--search.weights", "[4,8]")
+    ddp = ("--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    words = ("--config", "configs/digits_teacher.yaml", "--ckpt_path", teacher)
+    run_dir = ("--run_dir", tmp_path / "run")
+    assert runs.run(command, *words, *run_dir, *ddp, *more[command]) == 0
+    assert runs.metrics(tmp_path / "run")["command"] == command
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{command} runs in one process and leaves aside trainer.devices 2" in shown
+
+
+@pytest.mark.slow
+def test_torchrun_itself_trains_a_student_and_its_teacher(tiny: Path, tmp_path: Path) -> None:
+    recipe = runs.write_recipe(
+        tmp_path / "student.yaml",
+        "configs/qat/digits_w4a4_lsq.yaml",
+        teacher_config=str(tiny),
+        trainer={"max_epochs": 1, "limit_train_batches": 3, "enable_progress_bar": False},
+    )
+    command = ["torchrun", "--nproc-per-node", "2", str(runs.ROOT / "train.py"), "fit"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command[1:], "--config", str(recipe)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(runs.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    for place in (folder, folder / "teacher"):
+        assert runs.metrics(place)["n_images"] == 360

@@ -22,10 +22,11 @@ def told(error: Exception, parser: Any) -> str:
     if not isinstance(error, ArgumentError | ValueError):
         return cause(error)
     message = str(error)
-    if not message or message.rstrip().endswith(":"):  # of a library's assertion without a text
-        return f"{message} {cause(_first(error))}".strip()
     message = re.sub(r"Group '([\w.]+)' does not accept option '", r"unknown option '\1.", message)
-    return _plain(message, parser) + _nearest_option(message, parser)
+    plain = _plain(message, parser).strip()
+    if not plain or plain.endswith(":"):  # of a library's assertion without a text
+        return f"{plain} {cause(_first(error))}".strip()
+    return plain + _nearest_option(message, parser)
 
 
 def _first(error: BaseException) -> BaseException:

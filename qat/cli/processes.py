@@ -104,6 +104,11 @@ def placed(trainer: Any, here: Processes) -> dict[str, Any]:
                 "LOCAL_RANK is set without WORLD_SIZE, MASTER_ADDR and MASTER_PORT, so no process "
                 "would start the others; unset LOCAL_RANK, or start with torchrun"
             )
+        if trainer.num_nodes > 1:
+            raise ValueError(
+                f"trainer.num_nodes is {trainer.num_nodes}, but nothing says which machine this "
+                "is, so it would wait for ever; start every machine with torchrun or srun"
+            )
         return {}
     if here.starter == "torchrun" and wanted is None:
         return {"devices": here.per_node, "num_nodes": here.nodes}

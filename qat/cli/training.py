@@ -1,5 +1,7 @@
 """A training run in a run folder, and the runs that must come before one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,10 @@ LENGTH = frozenset(
 def train(session: Session) -> None:
     """Train, evaluate, and write `metrics.json`; what has to be trained first comes first."""
     session = short(session)
-    require_training(session.config.trainer)
     resume = _checkpoint_to_resume(session)
-    session.initialised()  # a misspelt initialiser is refused before a teacher is trained
-    evaluator = session.evaluator()  # likewise an accelerator that is not there
+    evaluator, data = _checked(session)
     asked, session = session, with_judge(with_teacher(session))
     session.prepare()
-    data = session.data()
-    data.require_labels()
     session = session.with_classes(data)
     module = session.module()
     data.follow(module.model)
@@ -68,14 +66,37 @@ def train(session: Session) -> None:
             console.print(f"interrupted; continue with --run_dir {folder} --ckpt_path last")
             raise KeyboardInterrupt
         _keep_trained(trainer, module, session.folder.last)
-        items = {
-            **session.items(trainer.strategy.root_device),
-            **_measured(session, module, data, evaluator),
-            "epochs": trainer.current_epoch,
-            "n_refused_train": len(data.refused["train"].faults),
-            **tracker.summary(),
-        }
+        with _kept(session.folder.last):
+            items = {
+                **session.items(trainer.strategy.root_device),
+                **_measured(session, module, data, evaluator),
+                "epochs": trainer.current_epoch,
+                "n_refused_train": len(data.refused["train"].faults),
+                **tracker.summary(),
+            }
         finish(session.folder, loggers, items)
+
+
+def _checked(session: Session) -> tuple[Trainer, VisionData]:
+    """A trainer that evaluates, and the data; what a recipe has wrong shows before its teacher."""
+    require_training(session.config.trainer)
+    evaluator = session.evaluator()
+    session.prepare()
+    parts = ("initialise", "objective", "optimizer", "quantizer", "regularizer")
+    session.initialised().objects(*(f"model.{part}" for part in parts))
+    data = session.data()
+    data.require_labels()
+    return evaluator, data
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Where the evaluation fails, say that training is done and where its result is."""
+    try:
+        yield
+    except Exception:
+        console.print(f"training is done and kept in '{path}', only its evaluation failed")
+        raise
 
 
 def with_teacher(session: Session) -> Session:

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from inspect import Parameter, signature
 
+from yaml import YAMLError
+
+from qat.documents import require_unique_keys
+
 TRAINER = "--trainer."
 
 
@@ -17,20 +21,31 @@ def options(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def require_once(words: Sequence[str]) -> None:
-    """Refuse an option with two values, of which the parser would keep the last.
+    """Refuse an option, or a key in its value, that is given twice; the last one would win.
 
     Recipes and what is added to a list may come several times.
 
     Raises:
-        ValueError: If an option is given twice.
+        ValueError: If there is one.
     """
     seen: dict[str, str] = {}
     lists = tuple(key.rstrip("+") for key, _ in options(words) if key.endswith("+"))
     for key, value in options(words):
         if key == "--config" or (lists and key.startswith(lists)):
             continue
+        _require_unique_keys(key, value)
         if seen.setdefault(key, value) != value:
             raise ValueError(f"{key} is given twice, as '{seen[key]}' and as '{value}'; drop one")
+
+
+def _require_unique_keys(key: str, value: str) -> None:
+    """Refuse a value with a mapping in which a key stands twice; other faults are the parser's."""
+    try:
+        require_unique_keys(value if value.startswith(("{", "[")) else "")
+    except YAMLError:
+        return
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def of_trainer(words: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ for any number of workers and after a resume at any batch. The sampler therefore
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -157,6 +158,11 @@ class LazyLoader:
 
     def __iter__(self) -> Iterator[Any]:
         yield from map(self.receive, self.loader)
+
+
+def leave_interrupts(worker: int) -> None:
+    """Let a process that loads images leave Ctrl-C to the one that it works for, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

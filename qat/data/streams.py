@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from qat.data.classes import ClassNames, relabelled
 from qat.data.corrupted import CorruptedImages
 from qat.data.protocols import StreamProtocol
+from qat.data.samples import leave_interrupts
 from qat.preprocessing import Preprocessing
 from qat.reading import Unreadable
 
@@ -139,6 +140,7 @@ class Stream:
             batch_size=None,
             sampler=range(start, len(self)),
             num_workers=num_workers,
+            worker_init_fn=leave_interrupts,
             # Its own generator, so that making an iterator draws nothing from the global one.
             generator=torch.Generator(),
         )

@@ -32,7 +32,7 @@ class Comparison(LightningModule):
         self.top1, self.top1_float, self.agreement = (MeanMetric() for _ in range(3))
         self.top5 = MeanMetric() if num_classes_of(model) > 5 else None
         self.num_images, self.num_refused = SumMetric(), SumMetric()
-        self.error, self.energy = SumMetric(), SumMetric()
+        self.error, self.energy = (SumMetric(nan_strategy="disable") for _ in range(2))
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Run both models on one batch."""

@@ -12,7 +12,15 @@ from torch.utils.data import DataLoader
 
 from qat.card import amend, card_of, expected_by
 from qat.data.classes import ClassNames, require_number
-from qat.data.samples import EpochSampler, LabelledBatch, LazyLoader, Samples, ShareSampler, collate
+from qat.data.samples import (
+    EpochSampler,
+    LabelledBatch,
+    LazyLoader,
+    Samples,
+    ShareSampler,
+    collate,
+    leave_interrupts,
+)
 from qat.data.sources import Source, aligned, subset
 from qat.data.transforms import augmented
 from qat.models import num_classes_of
@@ -251,6 +259,7 @@ class VisionData(LightningDataModule):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_interrupts,
             pin_memory=torch.cuda.is_available(),
             # Its own generator, so that making an iterator draws nothing from the global one.
             generator=torch.Generator().manual_seed(self.seed),

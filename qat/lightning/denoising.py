@@ -43,7 +43,7 @@ class NoisePrediction(Training):
                 f"task.class_dropout {task.class_dropout} needs a model with null_class; set it "
                 "to 0 for a model that always knows the class"
             )
-        self.noise_error = MeanMetric()
+        self.noise_error = MeanMetric(nan_strategy="disable")
         self.num_images, self.num_refused = SumMetric(), SumMetric()
 
     @property

@@ -78,7 +78,7 @@ class Distillation(Training):
         self._taps: list[FeatureTap] = []
         self.top1 = MeanMetric()
         self.top5 = MeanMetric() if num_classes_of(self.model) > 5 else None
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")  # others leave NaN out
         self.num_images, self.num_refused = SumMetric(), SumMetric()
 
     @property

@@ -114,6 +114,13 @@ def test_processes_that_nobody_would_start_are_refused() -> None:
         placed(_trainer(2), started({"LOCAL_RANK": "1"}))
 
 
+def test_machines_that_nobody_started_are_not_waited_for() -> None:
+    with pytest.raises(
+        ValueError, match=r"trainer\.num_nodes is 2, but nothing says which machine"
+    ):
+        placed(_trainer(1, nodes=2), ONE)
+
+
 @pytest.mark.parametrize(
     ("devices", "one"), [("auto", 1), (4, 1), ([2, 3], [2]), ("2,3", [2]), (-1, 1)]
 )

@@ -46,6 +46,12 @@ def test_what_may_come_several_times_is_left_alone(words: list[str]) -> None:
     require_once(words)
 
 
+def test_key_that_stands_twice_in_a_value_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--model\.plan: key 'bits' stands on line 1 and again"):
+        require_once(["--model.plan=[{pattern: head, weight: {bits: 4, bits: 8}}]"])
+    require_once(["--x", "[{a: 1}, {a: 1}]", "--y={a: [", "--z", "{a"])
+
+
 @pytest.mark.parametrize("name", ["TensorBoardLogger", "pytorch_lightning.loggers.CSVLogger"])
 @pytest.mark.parametrize("form", ["=", " "])
 def test_logger_that_needs_a_folder_gets_it_in_either_form(name: str, form: str) -> None:
