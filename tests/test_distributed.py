@@ -13,7 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 from qat.checkpoint import digest, read
-from qat.cli.main import main
+from qat.cli.main import main, make_parser
 from tests import runs
 
 SCRIPT = '''
@@ -128,6 +128,7 @@ def _process(environment: dict[str, str], folder: Path, words: tuple[object, ...
 
 def _run_as(environments: list[dict[str, str]], folder: Path, *words: object) -> list[int]:
     """Exit statuses of copies of this process, each under further environment variables."""
+    make_parser("fit"), make_parser("test")  # what they import is then there in every copy
     context = multiprocessing.get_context("fork")
     started = []
     for rank, environment in enumerate(environments):
