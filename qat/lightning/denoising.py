@@ -49,7 +49,7 @@ class NoisePrediction(Training):
     @property
     def measures(self) -> tuple[str, ...]:
         """Errors of the predicted noise."""
-        return "train/loss", "val/noise_error", "val/n_images"
+        return "train/loss", "val/noise_error", "val/n_images", "val/n_refused"
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Mean squared error of the predicted noise."""

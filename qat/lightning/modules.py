@@ -87,7 +87,7 @@ class Distillation(Training):
         terms = [term for term in ("hard", "soft", "feature") if getattr(self.objective, term)]
         top5 = ("val/top5",) * (self.top5 is not None)
         train = (f"train/{term}" for term in (*terms, "loss"))
-        return (*train, "val/n_images", "val/top1", "val/loss", *top5)
+        return (*train, "val/n_images", "val/n_refused", "val/top1", "val/loss", *top5)
 
     @property
     def teacher(self) -> nn.Module | None:
