@@ -29,7 +29,10 @@ from qat.cli.shorthand import resolved
 from qat.documents import read_yaml
 from qat.plan import nearest
 
-PATHS = frozenset({"base", "plan", "root", "path", "teacher", "teacher_config", "judge_config"})
+PATHS = frozenset(
+    {"base", "plan", "root", "path", "teacher", "teacher_config", "judge", "judge_config"}
+    | {"weights", "ckpt_path", "like", "latency_table"}
+)
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
 """The folder of the recipes that come with the package: inside it, or beside it in a checkout."""

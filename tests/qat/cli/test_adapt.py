@@ -93,6 +93,18 @@ def test_run_leaves_what_the_contract_says(
     assert "without adaptation" in capsys.readouterr().out
 
 
+def test_run_in_which_no_batch_adapted_says_so_last(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--method", "qat.tta.SAR", "--method.margin", 1e-9)
+    found = _adapt(recipe, tmp_path / "run", *words)
+    expected = "of 8 batches 8 were skipped, with nothing in them worth a step"
+    assert found["n_adapted"] == 0 and found["never_adapted"] == expected
+    assert capsys.readouterr().out.splitlines()[-1] == f"no batch adapted: {expected}"
+    words = ("--method", "qat.tta.Source")
+    assert "never_adapted" not in _adapt(recipe, tmp_path / "source", *words)
+
+
 def test_source_is_its_own_reference(recipe: Path, tmp_path: Path) -> None:
     found = _adapt(recipe, tmp_path / "run", "--method", "qat.tta.Source")
     assert found["error_mean"] == found["error_source_mean"]

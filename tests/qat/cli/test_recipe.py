@@ -99,6 +99,21 @@ def test_path_is_tried_relative_to_the_recipe_and_left_alone_where_nothing_is_th
     }
 
 
+@pytest.mark.parametrize(
+    "key", ["teacher_config", "judge_config", "teacher", "plan", "weights", "like", "latency_table"]
+)
+def test_file_beside_the_recipe_is_found_from_any_folder_whatever_key_names_it(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "a" / "mine.file", "")
+    recipe = _write(tmp_path / "a" / "r.yaml", f"{key}: mine.file\nnote: mine.file")
+    monkeypatch.chdir("/")
+    found = load_recipe(recipe)
+    assert found == {key: str(tmp_path / "a" / "mine.file"), "note": "mine.file"}
+    other = _write(tmp_path / "b" / "r.yaml", f"{key}: mine.file")
+    assert load_recipe(other) == {key: "mine.file"}  # then the working directory
+
+
 def test_base_that_is_not_beside_the_recipe_is_taken_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
