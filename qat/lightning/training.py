@@ -223,7 +223,6 @@ class Training(LightningModule):
         """
         theirs = checkpoint.get(files.MANIFEST, {})
         files.require_same(theirs, files.manifest(self.model, self.state_dict(), "model."))
-        amend(self.model, start=None)  # trained before, even where no step follows
         self._rng_state = checkpoint["rng_state"]
         amend(self.model, start=None)  # where training is over, none begins that would say so
 
