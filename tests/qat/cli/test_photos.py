@@ -157,11 +157,3 @@ def test_stream_of_other_classes_than_the_models_is_one_line(
         status = runs.run("adapt", "--config", home / "recipe.yaml", *words)
         assert status == (1 if message else 0)
         assert message in capsys.readouterr().err
-
-
-def test_quantizer_that_looks_levels_up_survives_a_broken_image(home: Path, tmp_path: Path) -> None:
-    """RepQ-ViT's logarithmic grid turns NaN into an index."""
-    words = ("--model.plan", "w6a6", "--init", "ptq_init.repq_vit.RepQViT")
-    stream = ("--stream.style", "cifar", "--stream.protocol.init_args.corruptions=[fog]")
-    items = quantized(home, "adapt", tmp_path / "run", *words, *stream)
-    assert (items["n_images"], items["n_refused"]) == (12, 1)
