@@ -144,6 +144,7 @@ class BinaryAttentionMap(Quantizer):
     """
 
     supported_bits = range(1, 2)
+    steps_are_magnitudes = True
     total: Tensor
     count: Tensor
 

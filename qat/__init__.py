@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from qat.card import Card, card_of
     from qat.checkpoint import load, save
     from qat.convert import convert_
-    from qat.models import adopt, timm_model
+    from qat.fidelity import adopt
+    from qat.models import timm_model
     from qat.plan import Plan, Rule
     from qat.preprocessing import Preprocessing
     from qat.quantizers import Phase, Quantizer, set_phase
@@ -49,7 +50,8 @@ _PUBLIC = {
     "card": ("Card", "card_of"),
     "checkpoint": ("load", "save"),
     "convert": ("convert_",),
-    "models": ("adopt", "timm_model"),
+    "fidelity": ("adopt",),
+    "models": ("timm_model",),
     "plan": ("Plan", "Rule"),
     "preprocessing": ("Preprocessing",),
     "quantizers": ("Phase", "Quantizer", "set_phase"),

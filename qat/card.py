@@ -3,6 +3,7 @@
 It stays with the model through copies, pickles and `to(...)`, and a checkpoint holds it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,7 +125,11 @@ def untrained(model: nn.Module) -> str:
 
 
 def _total(model: nn.Module, name: str) -> float:
-    return float(model.get_parameter(name).detach().double().sum())
+    """Sum of a parameter; NaN where it is gone, or has no values."""
+    weight = dict(model.named_parameters()).get(name)
+    if weight is None or weight.is_meta:
+        return math.nan
+    return float(weight.detach().double().sum())
 
 
 def expected_by(model: nn.Module) -> Preprocessing:

@@ -1,19 +1,27 @@
 """Build a timm model by name, in a way that a checkpoint can repeat."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
+from inspect import isclass, signature
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import (
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    load_pretrained,
+    load_state_dict,
+)
 from torch import Tensor, nn
 
-from qat.card import Card, Start, amend, expected_by, start_of
+from qat.card import Card, Start, amend, card_of, expected_by, start_of
 from qat.plan import nearest
-from qat.preprocessing import Preprocessing, of_model
+from qat.preprocessing import of_model
 
 
 def timm_model(
@@ -44,8 +52,7 @@ def timm_model(
     Raises:
         ValueError: If timm has no such model, or `weights` is missing, broken or of another model.
     """
-    if name.split(".")[0] not in timm.list_models():
-        raise ValueError(f"timm has no model '{name}'" + nearest(name, timm.list_models()))
+    _require_model(name)
     data_config, model_args = copy.deepcopy(data_config), copy.deepcopy(model_args)
     overlay: dict[str, Any] = dict(data_config or {})
     if img_size is not None:
@@ -95,30 +102,22 @@ def timm_model(
     return model
 
 
-def adopt(
-    model: nn.Module,
-    *,
-    recipe: Mapping[str, Any] | None = None,
-    preprocessing: Preprocessing | None = None,
-    class_names: Sequence[str] | None = None,
-) -> nn.Module:
-    """Give a card to any model: of `timm.create_model`, torchvision, transformers, or your own.
+def timm_recipe(model: nn.Module, before: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Arguments of `timm_model` that may build a model; None if it is none of timm's.
 
     Args:
-        model: The model; it is changed in nothing else.
-        recipe: How to build it, which `qat.save` needs: arguments of `timm_model`, or a mapping of
-            `class_path` and `init_args` that names a builder and its arguments.
-        preprocessing: What its images have gone through; None takes that of a timm model.
-        class_names: Names of its classes, in the order of its outputs.
-
-    Returns:
-        The model.
+        model: The model as it is now.
+        before: How it was built.
     """
-    if preprocessing is None and hasattr(model, "pretrained_cfg"):
-        preprocessing = of_model(model)
-    names = None if class_names is None else tuple(class_names)
-    amend(model, recipe=recipe, preprocessing=preprocessing, class_names=names)
-    return model
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if (before is not None and "name" not in before) or not (before or name):
+        return None
+    recipe = {"name": name, "img_size": None, "in_chans": 3, "data_config": None, **(before or {})}
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (None, None)
+    if height is not None and height == width and height != config.get("input_size", (0,))[-1]:
+        recipe["img_size"] = height
+    return {"model_args": None, **recipe, "num_classes": num_classes_of(model)}
 
 
 def _start(model: nn.Module, has_weights: bool, overlay: Mapping[str, Any]) -> Start | None:
@@ -146,19 +145,63 @@ def _weights_overlay(name: str, weights: str) -> dict[str, Any]:
     classifier = classifier if isinstance(classifier, str) else (classifier or (None,))[0]
     head = state.get(f"{classifier}.weight")
     if head is None:
-        raise ValueError(
-            f"weights file '{weights}' has no '{classifier}.weight', so it is not of '{name}'; "
-            "name the model that it was saved from"
-        )
+        raise ValueError(_without_head(name, weights, f"{classifier}.weight", state))
     # Older timm would read the file of a model with custom weights in that custom format.
     return {"file": weights, "custom_load": False, "num_classes": head.shape[0]}
+
+
+def _require_model(name: str) -> None:
+    if name.split(".")[0] not in timm.list_models():
+        raise ValueError(f"timm has no model '{name:.80}'" + nearest(name, timm.list_models()))
+
+
+def architecture_arguments(name: str) -> frozenset[str]:
+    """Names of the arguments that shape a timm model, and do nothing else.
+
+    They are those of the classes that its timm module works with, without what steers the building:
+    weights to load, configurations, files, devices.
+
+    Raises:
+        ValueError: If timm has no such model.
+    """
+    _require_model(name)
+    entry = timm.models.model_entrypoint(name)
+    module = sys.modules[entry.__module__]
+    classes = {kind for found in vars(module).values() if isclass(found) for kind in found.__mro__}
+    modules = [kind for kind in classes if issubclass(kind, nn.Module)]
+    steering = chain.from_iterable(
+        signature(function).parameters
+        for function in (timm.create_model, build_model_with_cfg, load_pretrained)
+    )
+    known = chain.from_iterable(signature(kind.__init__).parameters for kind in modules)
+    return frozenset(known) - frozenset(steering) - {"self", "device", "dtype"}
+
+
+def _without_head(name: str, weights: str, head: str, state: Mapping[str, Any]) -> str:
+    """What to say of weights that lack the classifier of a model."""
+    with torch.device("meta"):
+        own = timm.create_model(name).state_dict().keys()
+    lacking = f"weights file '{weights}' has no '{head}'"
+    if len(own & state.keys()) > len(own) / 2:
+        return (
+            f"{lacking}: it holds the features of '{name}' without a classifier, as DINO and MAE "
+            f"publish them; timm.create_model('{name}', num_classes=0) reads it by load_state_dict,"
+            " then reset_classifier and qat.adopt(model)"
+        )
+    if any(key.startswith("model.") for key in state):
+        return (
+            f"{lacking}, its names begin with 'model.': a Lightning checkpoint; strip that from "
+            "the names, or give it as ckpt_path if this program wrote it"
+        )
+    return f"{lacking}, and few names of '{name}'; name the model that it was saved from"
 
 
 def example_inputs(model: nn.Module, device: str = "cpu") -> tuple[Tensor, ...]:
     """Inputs of one image for a model of ours: its own, or an image of zeros."""
     if hasattr(model, "example_inputs"):
         return model.example_inputs(device)  # type: ignore[operator]
-    return (torch.zeros(1, *expected_by(model).input_size, device=device),)
+    size, dtype = expected_by(model).input_size, card_of(model).dtype
+    return (torch.zeros(1, *size, device=device, dtype=dtype),)
 
 
 def has_example(model: nn.Module) -> bool:
@@ -168,5 +211,17 @@ def has_example(model: nn.Module) -> bool:
 
 
 def num_classes_of(model: nn.Module) -> int:
-    """Size of the classifier of a timm model."""
-    return int(model.num_classes)  # type: ignore[arg-type]
+    """Size of the classifier.
+
+    Raises:
+        ValueError: If neither the model nor its card says.
+    """
+    if hasattr(model, "num_classes"):
+        return int(model.num_classes)  # type: ignore[arg-type]
+    names = getattr(model, "card", Card()).class_names
+    if names is None:
+        raise ValueError(
+            "the model does not say how many classes it has; name them with "
+            "qat.adopt(model, class_names=...)"
+        )
+    return len(names)

@@ -105,10 +105,11 @@ class Plan:
             ValueError: If a rule that is not optional applies to nothing, or gives a spec to an
                 operand that nothing it applies to has.
         """
+        ruling = {name: self.match(name) for name in applied}
         for rule in self.rules:
-            names = [name for name in applied if self.match(name) is rule]
             if rule.optional:
                 continue
+            names = [name for name, found in ruling.items() if found is rule]
             if not names:
                 raise ValueError(self._unused(rule, list(applied)))
             present = frozenset[Operand]().union(*(applied[name] for name in names))

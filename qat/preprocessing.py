@@ -13,6 +13,9 @@ from PIL import Image
 from timm.data.config import resolve_data_config
 from torch import nn
 
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "random")
+CROP_MODES = ("center", "squash", "border")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -25,6 +28,9 @@ class Preprocessing:
         interpolation: Name of the resampling filter, such as `bicubic`.
         crop_pct: Side of the crop as a fraction of the resized image.
         crop_mode: timm's crop mode, usually `center`.
+
+    Raises:
+        ValueError: If a value is none that images can have.
     """
 
     input_size: tuple[int, int, int]
@@ -33,6 +39,20 @@ class Preprocessing:
     interpolation: str
     crop_pct: float
     crop_mode: str
+
+    def __post_init__(self) -> None:
+        sides, mean, std = self.input_size, self.mean, self.std
+        if not all(side > 0 for side in sides):
+            raise ValueError(f"input_size must be three positive integers, got {sides}")
+        if not mean or not all(math.isfinite(value) for value in mean):
+            raise ValueError(f"mean must be finite numbers, got {mean}")
+        if not std or not all(0 < value < math.inf for value in std):
+            raise ValueError(f"std must be positive numbers, got {std}")
+        if not 0 < self.crop_pct <= 1.5:
+            raise ValueError(f"crop_pct must be above 0 and at most 1.5, got {self.crop_pct}")
+        for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if (value := getattr(self, key)) not in known:
+                raise ValueError(f"{key} must be one of {', '.join(known)}, got '{value}'")
 
     @staticmethod
     def from_dict(items: dict[str, Any]) -> "Preprocessing":

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qat.models import num_classes_of
 from qat.reading import Refusals
 from qat.tta import Adapter, Answer
 from qat.tta.parts import part, with_part
-from qat.tta.store import Store
+from qat.tta.store import Store, require_like, require_tensors_like
 
 WEIGHED = 8
 """Batches from the start of a stream in which memory is counted."""
@@ -72,9 +73,11 @@ class Adaptation:
             ValueError: If the table does not have the rows that the state says are done.
         """
         tensors, items, problems = self.store.load()
-        counts = items["counts"]
+        require_like(items, self._kept(), "items")
+        scores, counts = dict(part(tensors, "scores")), items["counts"]
+        require_tensors_like(scores, self.scores.tensors)
         self.adapter.load_state_dict({"state": part(tensors, "adapter"), "counts": counts})
-        self.scores.tensors = dict(part(tensors, "scores"))
+        self.scores.tensors = scores
         self.seconds, self.bytes = items["seconds"], items["bytes"]
         self.num_unsaved = items["num_unsaved"]
         self.first_failure = items["first_failure"]
@@ -149,24 +152,15 @@ class Adaptation:
 
     def _save(self) -> None:
         """Save everything as one, the rows first; a disk that fails does not stop the stream."""
-        saved = self.adapter.state_dict()
-        tensors = with_part(with_part({}, "adapter", saved["state"]), "scores", self.scores.tensors)
-        items = {
-            "counts": saved["counts"],
-            "seconds": self.seconds,
-            "bytes": self.bytes,
-            "num_unsaved": self.num_unsaved,
-            "first_failure": self.first_failure,
-        }
+        state = self.adapter.state
+        tensors = with_part(with_part({}, "adapter", state), "scores", self.scores.tensors)
         try:
             self.table.add(self.rows)
             self.rows.clear()
-            items["table"] = self.table.state()
             if self.predictions is not None:
                 self.predictions.add(self.answers)
                 self.answers.clear()
-                items["predictions"] = self.predictions.state()
-            self.store.save(tensors, items)
+            self.store.save(tensors, self._kept())
         except OSError as error:
             self.num_unsaved += 1
             warnings.warn(
@@ -174,6 +168,18 @@ class Adaptation:
                 "adapting goes on in memory, the last saved state is whole",
                 stacklevel=2,
             )
+
+    def _kept(self) -> dict[str, Any]:
+        """Plain data that is saved beside the tensors."""
+        tables = {"table": self.table, "predictions": self.predictions}
+        return {
+            **{name: table.state() for name, table in tables.items() if table is not None},
+            "counts": asdict(self.adapter.counts),
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "num_unsaved": self.num_unsaved,
+            "first_failure": self.first_failure,
+        }
 
     def items(self) -> dict[str, Any]:
         """The results, for `metrics.json`; call it when the stream has ended."""

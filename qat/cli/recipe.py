@@ -15,6 +15,7 @@ of `PATHS`.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,6 +60,12 @@ def load_recipe(*parts: Part) -> dict[str, Any]:
     for part in parts:
         composed = dict(part) if isinstance(part, Mapping) else compose(find(part))
         recipe = _merge(recipe, composed)
+    for name in _class_paths(recipe):
+        if name.partition(".")[0] in sys.stdlib_module_names:
+            raise ValueError(
+                f"class_path '{name}' is of Python itself, which has no model, quantizer, data or "
+                "method; it is not imported"
+            )
     try:
         found = OmegaConf.to_container(OmegaConf.create(recipe), resolve=True)
         return resolved(found)  # type: ignore[arg-type]
@@ -166,6 +173,17 @@ def differences(theirs: Any, ours: Any, key: str = "") -> Iterator[tuple[str, An
             yield from differences(theirs.get(name), ours.get(name), f"{key}.{name}".lstrip("."))
     elif theirs != ours:
         yield key, theirs, ours
+
+
+def _class_paths(items: Any) -> Iterator[str]:
+    """Every class path in a recipe."""
+    if isinstance(items, Mapping):
+        if isinstance(name := items.get("class_path"), str):
+            yield name
+        items = list(items.values())
+    if isinstance(items, list):
+        for item in items:
+            yield from _class_paths(item)
 
 
 class RecipeFile(ActionConfigFile):

@@ -191,7 +191,7 @@ def _keep_trained(trainer: Trainer, module: Training, last: Path) -> None:
     Callbacks that average weights put them into the model when the last epoch is over.
     """
     trained = files.digest(module.model.state_dict())
-    kept = files.read(last)[files.MANIFEST]["sha256"] if last.exists() else None
+    kept = files.read(last)[files.MANIFEST]["tensors"] if last.exists() else None
     if trainer.strategy.broadcast(kept != trained):  # one answer for all processes
         trainer.save_checkpoint(last)
 

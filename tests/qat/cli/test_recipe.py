@@ -1,5 +1,7 @@
 """Recipes: how they build on each other, what they may refer to, what is refused."""
 
+import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -275,3 +277,59 @@ def test_grid_that_is_no_mapping_of_axes_is_refused(
 ) -> None:
     assert main(["quantize", "--config", "ptq/imagenet_vit_tiny_w4a4_repq", "--grid", grid]) == 2
     assert "a grid is a mapping" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["os.system", "antigravity.geohash", "subprocess.Popen"])
+def test_class_of_python_itself_is_refused_before_it_is_imported(name: str, tmp_path: Path) -> None:
+    recipe = _write(tmp_path / "r.yaml", f"model: {{quantizer: {{class_path: {name}}}}}")
+    with pytest.raises(ValueError, match=rf"class_path '{name}' is of Python itself"):
+        load_recipe(recipe)
+    assert "antigravity" not in sys.modules
+
+
+def _altered(text: str, seed: int) -> str:
+    """A recipe with a character changed, a line moved or lost, or a value of another type."""
+    dice = random.Random(seed)
+    lines = text.splitlines()
+    at = dice.randrange(len(lines))
+    match seed % 4:
+        case 0:
+            place = dice.randrange(len(text))
+            return text[:place] + dice.choice("{}[]:#&*!|>%@`'\\x\t0-") + text[place + 1 :]
+        case 1:
+            lines.insert(dice.randrange(len(lines)), lines.pop(at))
+        case 2:
+            del lines[at]
+        case _:
+            wrong = dice.choice(
+                ("[]", "{}", "-1", ".nan", "x", "[1, {a: b}]", "null", "1e400", "!!x y")
+            )
+            lines[at] = f"{lines[at].partition(':')[0]}: {wrong}"
+    return "\n".join(lines)
+
+
+def _fuzz(folder: Path, seeds: range, capsys: pytest.CaptureFixture[str]) -> dict[int, str]:
+    """What is wrong about the answers of `plan` to altered recipes, by seed."""
+    source = (SHIPPED / "qat/digits_w4a4_lsq.yaml").read_text()
+    text = yaml.safe_dump(load_recipe("qat/digits_w4a4_lsq")) if "base:" in source else source
+    found = {}
+    for seed in seeds:
+        recipe = _write(folder / f"altered{seed}.yaml", _altered(text, seed))
+        status = main(["plan", "--config", str(recipe)])
+        said = capsys.readouterr().err.strip()
+        if status not in (0, 1, 2) or (status and len(said.splitlines()) != 1):
+            found[seed] = f"status {status}: {said}"
+    return found
+
+
+def test_altered_recipes_plan_or_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not _fuzz(tmp_path, range(4), capsys)
+
+
+@pytest.mark.slow
+def test_fifty_altered_recipes_plan_or_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not _fuzz(tmp_path, range(4, 54), capsys)

@@ -52,7 +52,7 @@ def test_evaluation_images_come_once_in_order_normalized_as_the_model_expects() 
 def test_preprocessing_follows_the_model() -> None:
     data = _data()
     data.attach(
-        Preprocessing((3, 16, 16), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "nearest", 1.0, ""), 10
+        Preprocessing((3, 16, 16), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "nearest", 1.0, "center"), 10
     )
     images, _ = _batches(data.val_dataloader())
     large = _pixels(data.val).repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from qat import disk
 from qat.checkpoint import digest
 from qat.tta.store import FORMAT, SLOTS, Store, pack, unpack
+from tests.qat.tta.common import adapter, noisy
 
 IDENTITY = {"model": "abc", "method": {"class_path": "qat.tta.tent.Tent"}}
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3), "c": torch.zeros(0)}
@@ -203,3 +204,69 @@ def test_tensor_types_survive(tmp_path: Path) -> None:
     Store(tmp_path, IDENTITY).save(tensors, {})
     found = Store(tmp_path, IDENTITY).load()[0]
     assert digest(found) == digest({k: v.contiguous() for k, v in tensors.items()})
+
+
+STRANGE: tuple[Any, ...] = (
+    None, True, -1, 2**70, 1.5, float("nan"), float("inf"), "x", "", [], [1], {}, {"x": []},
+)  # fmt: skip
+
+
+def _altered(content: bytes, seed: int) -> bytes:
+    """An altered generation: by bits, by length, or by its manifest, sealed anew."""
+    dice = random.Random(seed)
+    match seed % 4:
+        case 0:
+            damaged = bytearray(content)
+            damaged[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+            return bytes(damaged)
+        case 1:
+            return content[: dice.randrange(len(content))] + dice.randbytes(dice.randrange(9))
+        case _:
+            line, _, tensors = content.partition(b"\n")[2].partition(b"\n")
+            manifest = json.loads(line)
+            holder = dice.choice([manifest, manifest["items"], manifest["items"]["counts"]])
+            key = dice.choice(list(holder))
+            if dice.random() < 0.2:
+                del holder[key]
+            else:
+                holder[key] = dice.choice(STRANGE)
+            return _sealed(json.dumps(manifest).encode() + b"\n" + tensors)
+
+
+def _fuzz(folder: Path, seeds: range) -> set[str]:
+    """What loading altered files and continuing from them came to."""
+    whole = adapter("tent")
+    batches = noisy()
+    whole.adapt(batches[0])
+    kept = whole.state_dict()
+    Store(folder, IDENTITY).save(kept["state"], {"counts": kept["counts"]})
+    path, found = folder / SLOTS[1], set()
+    content = path.read_bytes()
+    for seed in seeds:
+        path.write_bytes(_altered(content, seed))
+        try:
+            tensors, items, _ = Store(folder, IDENTITY).load()
+            resumed = adapter("tent")
+            resumed.load_state_dict({"state": tensors, **items})
+        except ValueError as error:
+            found.add("refused" if "\n" not in str(error) else f"{seed}: {error}")
+            continue
+        answered = resumed.adapt(batches[1]).logits.isfinite().all()
+        found.add("answers" if answered else f"{seed}: no answer")
+    return found
+
+
+def test_altered_states_are_refused_in_one_line_or_answer_on(tmp_path: Path) -> None:
+    assert _fuzz(tmp_path, range(24)) <= {"refused", "answers"}
+
+
+@pytest.mark.slow
+def test_two_hundred_altered_states_are_refused_in_one_line_or_answer_on(tmp_path: Path) -> None:
+    assert _fuzz(tmp_path, range(24, 224)) <= {"refused", "answers"}
+
+
+@pytest.mark.parametrize("depth", [10_000, 100_000])
+def test_manifest_that_is_nested_too_deep_is_refused(depth: int) -> None:
+    line = b'{"sha256": {}, "items": ' + b"[" * depth + b"]" * depth + b"}"
+    with pytest.raises(ValueError, match="damaged"):
+        unpack(_sealed(line + b"\n" + pack({}, {}).split(b"\n", 2)[2]))
