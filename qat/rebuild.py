@@ -102,7 +102,7 @@ def require_size(data: Manifest, count: int, size: int, trust: tuple[str, ...]) 
 
 
 def _is_vouched_for(data: Manifest) -> bool:
-    """Whether a builder of the caller's own makes the model, which is not tried on the meta device."""
+    """Whether the caller's own builder makes the model; it is not tried on the meta device."""
     path = data.recipe.get("class_path")
     return path is not None and path not in BUILDERS
 
