@@ -3,7 +3,7 @@
 import hashlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.card import card_of
-from qat.cli.predictions import predictions
+from qat.cli.predictions import predicted, refused
 from qat.cli.stream_scores import Agreement, Scores
 from qat.cli.tables import GrowingTable
 from qat.cost.footprint import Footprint
@@ -117,8 +117,7 @@ class Adaptation:
         logits = answer.logits.cpu()
         scored = self.scores.add(logits, source.cpu(), batch.labels, batch.domains)
         if self.predictions is not None:
-            files = [self.stream.file(index) for index in batch.indices.tolist()]
-            self.answers += predictions(files, logits, _faults(answer, batch), self.names)
+            self.answers += self._predicted(logits, batch, _faults(answer, batch))
         return {
             "position": batch.position,
             "domain": "+".join(dict.fromkeys(batch.domains)),
@@ -134,6 +133,13 @@ class Adaptation:
             "seconds": round(seconds, 4),
             "seconds_source": round(seconds_source, 4),
         }
+
+    def _predicted(
+        self, logits: Tensor, batch: StreamBatch, faults: list[str | None]
+    ) -> Iterator[dict[str, Any]]:
+        for row, index, fault in zip(logits, batch.indices.tolist(), faults, strict=True):
+            name = self.stream.file(index)
+            yield predicted(name, row, self.names) if fault is None else refused(name, fault)
 
     def _measured(
         self, who: str, function: Callable[[Tensor], Any], images: Tensor, weigh: bool

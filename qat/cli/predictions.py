@@ -1,6 +1,6 @@
 """`predictions.csv`: a row for each image that is answered, of whose class nobody knows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -9,24 +9,21 @@ from torch import Tensor
 COLUMNS: tuple[str, ...] = ("image", "class", "index", "confidence", "refused")
 
 
-def predictions(
-    images: Sequence[str],
-    logits: Float[Tensor, "n c"],
-    faults: Sequence[str | None],
-    class_names: Sequence[str],
-) -> Iterator[dict[str, Any]]:
-    """Rows of a batch: the class, its place among the outputs, and its share in the softmax.
+def predicted(
+    image: str, logits: Float[Tensor, " c"], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """The row of an image: its class, the class's place among the outputs, its softmax share.
 
     Args:
-        images: What each image is called.
-        logits: The answers; a row of a refused image means nothing.
-        faults: Why an image was refused, None where it was not.
+        image: What the image is called.
+        logits: The answer.
         class_names: What the classes are called.
     """
-    confidences, classes = logits.softmax(1).max(1)
-    for image, confidence, index, fault in zip(
-        images, confidences.tolist(), classes.tolist(), faults, strict=True
-    ):
-        row = dict.fromkeys(COLUMNS, "") | {"image": image}
-        answer = {"class": class_names[index], "index": index, "confidence": f"{confidence:.6f}"}
-        yield row | (answer if fault is None else {"refused": fault})
+    confidence, index = logits.softmax(0).max(0)
+    answer = (class_names[int(index)], int(index), f"{float(confidence):.6f}", "")
+    return dict(zip(COLUMNS, (image, *answer), strict=True))
+
+
+def refused(image: str, fault: str) -> dict[str, Any]:
+    """The row of an image that has no answer, with the reason."""
+    return dict.fromkeys(COLUMNS, "") | {"image": image, "refused": fault}

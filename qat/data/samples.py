@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from qat.data.sources import Source
-from qat.reading import Unreadable
+from qat.reading import Refusals, Unreadable
 
 Key = tuple[int, int]
 Position = Callable[[], tuple[int, int]]
@@ -88,6 +89,31 @@ def collate(rows: Sequence[tuple[Tensor, int] | Unreadable]) -> LabelledBatch:
     good = [row for row in rows if not isinstance(row, Unreadable)]
     images, labels = default_collate(good) if good else (torch.empty(0), torch.empty(0).long())
     return LabelledBatch(images, labels, faults)
+
+
+def readable_draw(source: Source, count: int, seed: int, refusals: Refusals) -> list[int]:
+    """The first images of a random order that can be read, at most `count`; others are refused.
+
+    Raises:
+        ValueError: If none can be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(source), generator=generator).tolist()
+
+    def is_readable(index: int) -> bool:
+        try:
+            source.image(index)
+        except Unreadable as error:
+            refusals.add([str(error)])
+            return False
+        return True
+
+    draw = list(islice(filter(is_readable, order), count))
+    if not draw:
+        raise ValueError(
+            f"num_calibration {count} of {len(source)} images: none can be read to calibrate"
+        )
+    return draw
 
 
 class EpochSampler(Sampler[Key]):

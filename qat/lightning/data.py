@@ -1,7 +1,6 @@
 """The data module: sources in, batches preprocessed as the model expects out."""
 
 from functools import cached_property
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -20,12 +19,13 @@ from qat.data.samples import (
     ShareSampler,
     collate,
     leave_interrupts,
+    readable_draw,
 )
 from qat.data.sources import Source, aligned, subset
 from qat.data.transforms import augmented
 from qat.models import num_classes_of
 from qat.preprocessing import Preprocessing, check_transform
-from qat.reading import Refusals, Unreadable
+from qat.reading import Refusals
 
 
 class VisionData(LightningDataModule):
@@ -214,29 +214,14 @@ class VisionData(LightningDataModule):
         Raises:
             ValueError: If there is none, or none is left to evaluate.
         """
-        source = self._calibration_source()
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(source), generator=generator).tolist()
-        draw = list(islice(filter(self._can_calibrate, order), self.num_calibration))
-        if not draw:
-            raise ValueError(
-                f"num_calibration {self.num_calibration} of {len(source)} images: none can be read "
-                "to calibrate"
-            )
+        source, refusals = self._calibration_source(), self.refused["calibration"]
+        draw = readable_draw(source, self.num_calibration, self.seed, refusals)
         if self.calibrate_on == "val" and len(draw) == len(source):
             raise ValueError(
                 f"num_calibration {self.num_calibration} leaves none of the {len(source)} images "
                 "of data.val to evaluate; lower it, or set data.train"
             )
         return draw
-
-    def _can_calibrate(self, index: int) -> bool:
-        try:
-            self._calibration_source().image(index)
-        except Unreadable as error:
-            self.refused["calibration"].add([str(error)])
-            return False
-        return True
 
     def _to_train(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         """A training batch without what cannot be read, which is named."""

@@ -14,15 +14,14 @@ from qat.card import card_of, expected_by
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import console
 from qat.cli.packing import preparing
+from qat.cli.predictions import predicted, refused
 from qat.cli.session import Session
 from qat.cli.start import require_calibrated
 from qat.data.sources import Source
 from qat.models import num_classes_of
 from qat.packed import is_packed
 from qat.reading import Unreadable
-from qat.runtime.operations import softmax
 
-COLUMNS = ("image", "class", "index", "confidence", "refused")
 NUM_NAMED = 10
 """Refused images that are printed; the table has all."""
 Logits = Callable[[np.ndarray], np.ndarray]
@@ -46,16 +45,16 @@ def run(session: Session) -> None:
         raise ValueError("nothing to predict with: name a checkpoint or packed file, --ckpt_path F")
     session.require_new()
     session.prepare()
-    source = session.data().evaluation_source()
+    source = session.data().val
     rows = list(predictions(source, *answering(config.ckpt_path)))
-    refused = [row["refused"] for row in rows if row["refused"]]
-    for reason in refused[:NUM_NAMED]:
-        console.print(f"refused: {reason}", highlight=False)
-    if len(refused) == len(rows):
+    faults = [row["refused"] for row in rows if row["refused"]]
+    for fault in faults[:NUM_NAMED]:
+        console.print(f"refused: {fault}", highlight=False)
+    if len(faults) == len(rows):
         raise ValueError(f"none of the {len(rows)} images can be read")
     folder.path.mkdir(parents=True, exist_ok=True)
     disk.write(folder.path / "predictions.csv", disk.csv_of(rows))
-    counts = {"n_images": len(rows), "n_refused": len(refused), "n_labelled": 0}
+    counts = {"n_images": len(rows), "n_refused": len(faults), "n_labelled": 0}
     folder.write_metrics(session.items("cpu") | counts)
     console.print(f"predictions of {len(rows):,} images: {folder.path}/predictions.csv")
 
@@ -81,13 +80,10 @@ def predictions(
 ) -> Iterator[dict[str, Any]]:
     """A row for each image; of one that cannot be read, the reason."""
     for index in range(len(source)):
-        name = index if source.files is None else source.files[index]
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"image": name}
+        name = f"image {index}" if source.files is None else source.files[index]
         try:
             image = source.image(index)
         except Unreadable as error:
-            yield row | {"refused": str(error)}
+            yield refused(name, str(error))
             continue
-        confidences = softmax(logits(prepare(image)[None]))[0]
-        best = int(confidences.argmax())
-        yield row | {"class": names[best], "index": best, "confidence": f"{confidences[best]:.6f}"}
+        yield predicted(name, torch.from_numpy(logits(prepare(image)[None])[0]), names)
