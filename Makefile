@@ -1,12 +1,18 @@
-.PHONY: setup kernels check format lint types contracts test slow
+.PHONY: setup kernels sanitize check format lint types contracts test slow
 
 PYTHON ?= python
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 setup:  ## a fresh environment's one command
 	$(PYTHON) -m pip install -e '.[dev]'
 
 kernels:  ## builds the native kernels in place; `setup` has done it once
 	$(PYTHON) setup.py -q build_ext --inplace
+
+sanitize:  ## kernel tests under AddressSanitizer and UBSan, by GCC; leaves a plain build
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 $(PYTHON) -m pytest -q -n 0 tests/qat/kernels
+	$(PYTHON) setup.py -q build_ext --inplace --force
 
 check: format lint types contracts test
 

@@ -49,7 +49,7 @@ def floats(name: str, x: Floats, *shape: int) -> Floats:
 
 def thresholds_of(threshold: Floats, groups: int, k: int) -> Floats:
     """Thresholds (1 or groups, k)."""
-    return floats("threshold", threshold, groups if len(threshold) > 1 else 1, k)
+    return floats("threshold", threshold, groups if len(threshold) != 1 else 1, k)
 
 
 def pairs_of(values: NDArray[Any]) -> Integers:

@@ -59,14 +59,19 @@ def instruction_set() -> str:
 
 
 @cache
-def operations_of(name: str) -> dict[str, Callable[..., Any]]:
-    """Operations by the kernels of an instruction set that is there."""
+def native(name: str) -> Native:
+    """The kernels of an instruction set that is there."""
     library = _library()
     assert library is not None
-    native = Native(library, name)
+    return Native(library, name)
+
+
+@cache
+def operations_of(name: str) -> dict[str, Callable[..., Any]]:
+    """Operations by the kernels of an instruction set that is there."""
     return {
         operation: getattr(part, operation)
-        for part in (Rows(native), Products(native))
+        for part in (Rows(native(name)), Products(native(name)))
         for operation in vars(type(part))
         if not operation.startswith("_")
     }

@@ -31,6 +31,7 @@ _SIGNATURES = {
     "linear": "pppnnnp",
     "integer_linear": "ppppnnnp",
     "plain_block": "pnnp",
+    "popcount_limit": "np",
 }
 """Arguments of each: an address, a length, a float."""
 
@@ -44,7 +45,7 @@ class Native:
     """
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self.name = name
+        self.name, self._library = name, library
         self._functions = {}
         for operation, signature in _SIGNATURES.items():
             function = getattr(library, f"{name}_{operation}")
@@ -56,3 +57,9 @@ class Native:
         self._functions[operation](
             *[address(a) if isinstance(a, np.ndarray) else a for a in arguments]
         )
+
+    def popcount_limit(self, rounds: int) -> int:
+        """Run `rounds` of xor, popcount and add in registers; how many binary operations it was."""
+        self.run("popcount_limit", rounds, np.arange(16, dtype=np.int32))
+        per_round = ctypes.c_long.in_dll(self._library, f"{self.name}_popcount_operations")
+        return rounds * per_round.value

@@ -120,7 +120,7 @@ class Products:
         _require_attention(dim, logit_scale)
         qkv = floats("qkv", qkv, batch, tokens, 3, heads, dim)
         count = threshold.shape[1]
-        threshold = floats("threshold", threshold, 3, batch if count > 1 else 1, heads, dim)
+        threshold = floats("threshold", threshold, 3, batch if count != 1 else 1, heads, dim)
         y = np.empty((batch, tokens, heads, dim), np.float32)
         sizes = batch, tokens, heads, dim, count
         self._run("binary_attention", qkv, threshold, logit_scale, map_scale, *sizes, y)
@@ -166,12 +166,13 @@ class Products:
         return Arguments(*map(address, arrays), *sizes, *scales), arrays
 
     def plain_block(self, x: Floats, block: tuple[Arguments, list[NDArray[Any]]]) -> Floats:
-        """What a block gives for x (batch, tokens, width)."""
+        """What a block gives for x (batch, tokens, width), in the memory of x."""
         arguments, _ = block
         batch, tokens, _ = x.shape
-        y = floats("x", x, batch, tokens, arguments.heads * arguments.dim).copy()
-        self._run("plain_block", ctypes.addressof(arguments), batch, tokens, y)
-        return y
+        x = np.require(x, requirements=("C", "W"))
+        x = floats("x", x, batch, tokens, arguments.heads * arguments.dim)
+        self._run("plain_block", ctypes.addressof(arguments), batch, tokens, x)
+        return x
 
     def linear(self, x: Floats, weight: Prepared, bias: Floats | None) -> Floats:
         """`x weight^T + bias`, x (rows, k)."""

@@ -10,6 +10,7 @@ class names and confidences:
 
 from pathlib import Path
 
+from qat import kernels
 from qat.packed import Packed, read
 from qat.runtime.model import Model, Prediction
 from qat.runtime.operations import REFERENCE, Operations
@@ -17,13 +18,13 @@ from qat.runtime.operations import REFERENCE, Operations
 __all__ = ["REFERENCE", "Model", "Operations", "Prediction", "load", "run"]
 
 
-def load(path: str | Path, operations: Operations = REFERENCE) -> Model:
+def load(path: str | Path, operations: Operations | None = None) -> Model:
     """The model in a packed file.
 
     Args:
         path: The file.
-        operations: The table of operations; entries of another table than the reference's run
-            natively.
+        operations: The table of operations; None takes native kernels where there are any, and the
+            reference for the rest.
 
     Raises:
         ValueError: If the file is damaged, foreign or inconsistent.
@@ -31,13 +32,14 @@ def load(path: str | Path, operations: Operations = REFERENCE) -> Model:
     return run(read(path), path, operations)
 
 
-def run(packed: Packed, path: str | Path, operations: Operations = REFERENCE) -> Model:
+def run(packed: Packed, path: str | Path, operations: Operations | None = None) -> Model:
     """The model of a packed file that has been read; the arguments and errors are those of `load`.
 
     Nothing larger than the file's own tensors, unpacked, is made before all of it is checked.
     """
+    table = operations or {**REFERENCE, **kernels.operations()}
     try:
-        return Model(packed, operations)
+        return Model(packed, table)
     except ValueError as error:
         raise ValueError(f"packed file '{path}': {error}") from None
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:

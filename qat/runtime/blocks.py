@@ -5,7 +5,8 @@ from typing import TypeGuard
 import numpy as np
 
 from qat.packed.network import OPERANDS, Network
-from qat.runtime.grids import Grid, Numbers, See, Sign, Uniform
+from qat.runtime.fused import fused
+from qat.runtime.grids import Grid, Numbers, See, Sign, Uniform, unseen
 from qat.runtime.layers import Layer, Parts
 from qat.runtime.operations import EXACT_FLOAT32
 
@@ -235,9 +236,12 @@ class Block:
         self.attn = Attention(parts, network, f"{name}.attn", dim)
         self.mlp = Mlp(parts, network, f"{name}.mlp", dim)
         self.gains = [parts.optional(f"{name}.{gain}.gamma", dim) for gain in ("ls1", "ls2")]
+        self.fused = fused(parts, network, name, dim)
 
     def __call__(self, x: np.ndarray, see: See) -> np.ndarray:
-        """The tokens after the block."""
+        """The tokens after the block, which may be in the memory of those before it."""
+        if self.fused is not None and see is unseen:
+            return self.fused(x)
         first, second = self.gains
         x = x + _scaled(self.attn(self.norm1(x), see), first)
         return x + _scaled(self.mlp(self.norm2(x), see), second)

@@ -19,6 +19,10 @@ See = Callable[[str, np.ndarray], None]
 """Is shown the input of each grid, by the grid's name."""
 
 
+def unseen(name: str, x: np.ndarray) -> None:
+    """What is shown to nobody."""
+
+
 class Grid(ABC):
     """A grid of activations.
 

@@ -10,7 +10,7 @@ from qat.packed import Packed
 from qat.packed.network import Network
 from qat.reading import read_file
 from qat.runtime.blocks import Block, Norm, norm_or_none
-from qat.runtime.grids import See
+from qat.runtime.grids import See, unseen
 from qat.runtime.images import Images
 from qat.runtime.layers import Layer, Parts
 from qat.runtime.operations import Operations
@@ -28,10 +28,6 @@ class Prediction(NamedTuple):
     name: str
     confidence: float
     index: int
-
-
-def unseen(name: str, x: np.ndarray) -> None:
-    """What is shown to nobody."""
 
 
 class Model:

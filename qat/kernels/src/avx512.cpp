@@ -5,7 +5,7 @@
 #define LOWBIT_ISA avx512
 #define LOWBIT_BYTES 64
 #define LOWBIT_AVX512
-#define LOWBIT_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,fma,popcnt,prefer-vector-width=512"
+#define LOWBIT_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,fma,popcnt"
 #include "target.h"
 #include "kernels.h"
 #include "target_end.h"

@@ -225,6 +225,20 @@ KERNEL(integer_linear)(const int32_t* steps, const int32_t* weight, const float*
     });
 }
 
+// As many binary operations as the processor can do in registers, for benchmarks: `popcount_operations` in each round.
+constexpr int popcount_chains = parts == 1 ? 8 : 2;
+EXPORT const long JOINED(LOWBIT_ISA, popcount_operations) = popcount_chains * lanes * 32 * 2;
+KERNEL(popcount_limit)(long rounds, int32_t* found) {
+    Ints a = load(found), b[popcount_chains], sums[popcount_chains] = {};
+    for (int i = 0; i < popcount_chains; i++) b[i] = a + broadcast(i);
+    for (long r = 0; r < rounds; r++) {
+        forget(a);
+        UNROLL for (int i = 0; i < popcount_chains; i++) sums[i] = Mismatches::add(a, b[i], sums[i]);
+    }
+    for (int i = 1; i < popcount_chains; i++) sums[0] = sums[0] + sums[i];
+    store(found, sums[0]);
+}
+
 // A whole block of a transformer whose signs have static thresholds: between its two sums of floats there are bits only.
 struct PlainBlock {
     const float *norm1_weight, *norm1_bias, *norm1_threshold;

@@ -42,6 +42,9 @@ bool avx2() {
 }  // namespace
 
 EXPORT int lowbit_supports(const char* name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
     if (!std::strcmp(name, "amx")) return avx512() && amx();
     if (!std::strcmp(name, "avx512")) return avx512();
     if (!std::strcmp(name, "avx2")) return avx2();

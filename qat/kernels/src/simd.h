@@ -271,6 +271,15 @@ INLINE Ints ones(Ints x) {
 #endif
 }
 
+// Keeps the compiler from knowing what v holds.
+INLINE void forget(Ints& v) {
+#if defined(__x86_64__)
+    EACH __asm__ volatile("" : "+v"(v.part[i]));
+#elif defined(__aarch64__)
+    EACH __asm__ volatile("" : "+w"(v.part[i]));
+#endif
+}
+
 // exp of values from -87 to 88, others clipped; relative error below 3e-7.
 INLINE Floats exponential(Floats x) {
     x = select(x >= broadcast(88.0f), broadcast(88.0f), select(broadcast(-87.0f) >= x, broadcast(-87.0f), x));

@@ -186,6 +186,17 @@ def test_row_operations_are_close(kernels: SimpleNamespace, threads: int, k: int
 
 
 @needs_kernels
+def test_nothing_gives_nothing(kernels: SimpleNamespace) -> None:
+    bits = kernels.sign_pack(np.ones((0, 5, 70), np.float32), np.ones((0, 70), np.float32))
+    assert bits.shape == (0, 5, 2)
+    weight = kernels.prepare_binary(np.zeros((3, 2), np.uint64), 70)
+    assert kernels.binary_gemm(bits.reshape(0, 2), weight, 70).shape == (0, 3)
+    qkv, threshold = np.ones((0, 4, 3, 2, 8), np.float32), np.ones((3, 0, 2, 8), np.float32)
+    assert kernels.binary_attention(qkv, threshold, 1.0, 1.0).shape == (0, 4, 2, 8)
+    assert kernels.softmax(np.ones((0, 4), np.float32)).shape == (0, 4)
+
+
+@needs_kernels
 def test_sign_of_a_norm_is_that_of_its_parts(kernels: SimpleNamespace, threads: int) -> None:
     rng = _rng(0)
     x, weight, bias, threshold = (
