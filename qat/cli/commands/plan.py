@@ -5,7 +5,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
 from qat import checkpoint as files
-from qat.card import card_of
+from qat.card import amend, card_of
 from qat.cli.arguments import add_grid_argument, add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console
 from qat.cli.grid import choices
@@ -14,6 +14,7 @@ from qat.cli.session import Session
 from qat.cli.start import is_quantized, started
 from qat.cost.count import Cost, activation_bytes, cost
 from qat.cost.coverage import claim_lines, plan_table, totals_table
+from qat.export.pack import packed_bytes
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
@@ -50,6 +51,9 @@ def show(session: Session, model: nn.Module) -> None:
         console.print(line)
     for line in claim_lines(str(recipe.get("name")), costs):
         console.print(line, highlight=False)
+    if session.config.ckpt_path is None:
+        amend(model, start=None)  # once it is trained
+    console.print(packed_line(model), highlight=False)
 
 
 def build(session: Session) -> nn.Module:
@@ -62,6 +66,16 @@ def build(session: Session) -> nn.Module:
         recipe = load_recipe(config.teacher_config)  # the student will be a copy of this model
         session = session.changed({"model.model": Namespace(**recipe["model"]["model"])})
     return session.model()
+
+
+def packed_line(model: nn.Module) -> str:
+    """Bytes of the packed file that `export` would write, to the last one; or why there is none."""
+    try:
+        size = packed_bytes(model)
+    except ValueError as error:
+        return f"no packed file: {error}"
+    names = "" if card_of(model).class_names else ", before names of classes"
+    return f"packed file: {size:,} bytes, its header included{names}"
 
 
 def memory_lines(model: nn.Module, costs: Cost, batch_size: int) -> list[str]:

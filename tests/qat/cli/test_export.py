@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import qat
+from qat.card import amend
 from qat.export.pack import packed_bytes
 from qat.packed import read, write
 from tests.runs import metrics, run
@@ -48,6 +49,20 @@ def test_export_compares_on_every_evaluation_image_and_says_what_it_saves(
     assert found["logit_gap_median"] <= found["logit_gap"]
     assert found["seconds_per_image"] > 0 < found["seconds_per_image_float"]
     assert {"coverage_macs", "bops", "command", "recipe", "seed", "device"} <= set(found)
+
+
+def test_plan_predicts_the_bytes_of_the_file(
+    exported: Path, binary_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the checkpoint, and from the recipe, whose model has yet to be trained."""
+    said = f"packed file: {metrics(exported)['size_bytes']:,} bytes"
+    assert run("plan", "--ckpt_path", binary_run / "checkpoints" / "last.ckpt") == 0
+    assert said in capsys.readouterr().out
+    model = qat.load(exported / "model.lowbit")
+    amend(model, class_names=None)
+    assert run("plan", "--config", "configs/default.yaml") == 0
+    said = f"packed file: {packed_bytes(model):,} bytes, its header included, before names"
+    assert said in capsys.readouterr().out
 
 
 def test_fit_exports_where_the_recipe_says_so(binary_run: Path) -> None:
