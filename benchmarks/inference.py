@@ -37,7 +37,7 @@ from binaryvit.asm import DynamicShift
 from binaryvit.convert import react_
 from qat import kernels, runtime
 from qat.export.pack import export_packed
-from qat.kernels import library
+from qat.kernels import loader
 from qat.plan import Plan
 
 Run = Callable[[], Any]
@@ -222,7 +222,7 @@ def limit() -> float:
             done = popcounts.popcount_limit(500_000)
             yield done / (time.process_time() - start)
 
-    popcounts = library.native(kernels.instruction_set())
+    popcounts = loader.native(kernels.instruction_set())
     return max(rates())
 
 

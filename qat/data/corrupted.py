@@ -52,18 +52,19 @@ class CorruptedImages(Protocol):
 
 @dataclass(frozen=True)
 class Generated:
-    """Images of any source, corrupted on the fly.
+    """Images of any source, as they are or corrupted on the fly.
 
     Attributes:
         source: Clean images.
         style: `imagenet`: images are resized to 256, cropped to 224, corrupted with the parameters
             of ImageNet-C and saved as JPEG of quality 85, as those distributed were. `cifar`: they
-            keep their size, take the parameters of CIFAR-10-C, and are not saved.
+            keep their size, take the parameters of CIFAR-10-C, and are not saved. None: they stay
+            as they are.
         seed: Seeds the corruptions, with the image's id.
     """
 
     source: Source
-    style: Literal["imagenet", "cifar"] = "imagenet"
+    style: Literal["imagenet", "cifar"] | None = "imagenet"
     seed: int = 0
 
     @property
@@ -93,65 +94,22 @@ class Generated:
 
     def require(self, domain: Domain) -> None:
         """Raise ValueError if there is no such corruption or severity."""
+        if domain.severity and self.style is None:
+            raise ValueError(f"the images come as they are, without {domain.name}")
         require(domain)
 
     def image(self, index: int, domain: Domain) -> Image.Image:
         """An image in a domain; raises `Unreadable` if its file is broken."""
-        image = self.source.image(index).convert("RGB")
+        image = self.source.image(index)
+        if self.style is None:
+            return image
+        image = image.convert("RGB")
         if self.style == "imagenet":
             image = imagenet_crop(image)
         if domain.severity == 0:
             return image
         pixels = corrupt(np.asarray(image), domain, self.style, (self.seed, self.source.ids[index]))
         return Image.fromarray(pixels)
-
-
-@dataclass(frozen=True)
-class AsTheyCome:
-    """The images of a source as they are, for a stream that nobody made.
-
-    Attributes:
-        source: The images.
-    """
-
-    source: Source
-
-    @property
-    def labels(self) -> Sequence[int] | np.ndarray:
-        """Class of each image, or that it is unknown."""
-        return self.source.labels
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the task."""
-        return self.source.num_classes
-
-    @property
-    def class_names(self) -> ClassNames | None:
-        """Name of each class; None where they have none."""
-        return self.source.class_names
-
-    @property
-    def files(self) -> Sequence[str] | None:
-        """Name of each image for people; None where they have none."""
-        return self.source.files
-
-    @property
-    def cropped(self) -> bool:
-        """The model's own crop is applied."""
-        return False
-
-    def require(self, domain: Domain) -> None:
-        """Raise ValueError if a corruption is asked for."""
-        if domain.severity:
-            raise ValueError(
-                f"the photos come as they are, without {domain.name}; set stream.protocol to "
-                "qat.data.protocols.Arrival"
-            )
-
-    def image(self, index: int, domain: Domain) -> Image.Image:
-        """An image; raises `Unreadable` if its file is broken."""
-        return self.source.image(index)
 
 
 def imagenet_crop(image: Image.Image) -> Image.Image:

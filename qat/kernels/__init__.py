@@ -8,7 +8,7 @@ by one thread unless `set_threads` says otherwise. Imports NumPy only.
 
 from qat.kernels.block import PlainBlock
 from qat.kernels.bounds import bounds
-from qat.kernels.library import instruction_set, instruction_sets, operations, set_threads
+from qat.kernels.loader import instruction_set, instruction_sets, operations, set_threads
 
 __all__ = [
     "PlainBlock",

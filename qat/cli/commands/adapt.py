@@ -30,7 +30,7 @@ from qat.cli.start import is_quantized, loaded, started
 from qat.cli.trackers import finish, report, trackers
 from qat.cli.training import with_teacher
 from qat.component import describe
-from qat.data.corrupted import AsTheyCome, CorruptedImages, Generated
+from qat.data.corrupted import CorruptedImages, Generated
 from qat.data.protocols import Arrival, StreamProtocol
 from qat.data.streams import Stream
 from qat.lightning.data import VisionData
@@ -242,9 +242,9 @@ def make_stream(settings: StreamSettings, data: VisionData, model: nn.Module, se
 
 def _images(settings: StreamSettings, data: VisionData, seed: int) -> CorruptedImages:
     """The photos of a recipe: as they come where that is the protocol, else corrupted."""
-    if not isinstance(settings.protocol, Arrival):
-        return Generated(data.evaluation_source(), settings.style, seed)
-    return AsTheyCome(data.evaluation_source() if data.val.labelled else data.val)
+    source = data.evaluation_source() if data.val.labelled else data.val
+    style = None if isinstance(settings.protocol, Arrival) else settings.style
+    return Generated(source, style, seed)
 
 
 def _identity(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qat.kernels import bounds, instruction_sets, library, operations, set_threads
+from qat.kernels import bounds, instruction_sets, loader, operations, set_threads
 
 SHAPES = [(1, 1, 1), (5, 33, 65), (13, 31, 2000), (40, 17, 63), (33, 64, 128), (50, 100, 384)]
 HEADS = [
@@ -26,7 +26,7 @@ needs_kernels = pytest.mark.skipif(not instruction_sets(), reason="built without
 
 @pytest.fixture(params=instruction_sets())
 def kernels(request: pytest.FixtureRequest) -> SimpleNamespace:
-    return SimpleNamespace(**library.operations_of(request.param))
+    return SimpleNamespace(**loader.operations_of(request.param))
 
 
 @pytest.fixture(params=[1, 2])
@@ -218,7 +218,7 @@ def test_floats_do_not_depend_on_the_instruction_set() -> None:
         lambda run: run["softmax"](x),
         lambda run: run["layer_norm"](x, ones, ones, 1e-6),
     ):
-        results = {run(library.operations_of(name)).tobytes() for name in instruction_sets()}
+        results = {run(loader.operations_of(name)).tobytes() for name in instruction_sets()}
         assert len(results) == 1
 
 
@@ -259,7 +259,7 @@ def test_bounds_refuse_a_sign_that_is_set_in_the_middle() -> None:
 @pytest.mark.parametrize("name", [*instruction_sets(), "numpy"])
 def test_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("LOWBIT_KERNELS", name)
-    assert library.instruction_set() == name
+    assert loader.instruction_set() == name
     assert bool(operations()) == (name != "numpy")
 
 
@@ -273,16 +273,16 @@ def test_without_a_compiler_numpy_does_the_work_and_it_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("LOWBIT_KERNELS", raising=False)
-    monkeypatch.setattr(library, "_HERE", tmp_path)
-    caches = (library._library, library.instruction_sets)
+    monkeypatch.setattr(loader, "_HERE", tmp_path)
+    caches = (loader._library, loader.instruction_sets)
     for cached in caches:
         cached.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert operations() == operations() == {}
-            assert library.instruction_set() == "numpy"
+            assert loader.instruction_set() == "numpy"
             set_threads(2)
-        assert [record.name for record in caplog.records] == ["qat.kernels.library"]
+        assert [record.name for record in caplog.records] == ["qat.kernels.loader"]
     finally:
         for cached in caches:
             cached.cache_clear()

@@ -102,6 +102,6 @@ def test_a_block_whose_heads_fill_no_words_is_refused() -> None:
     block = kernels.PlainBlock(
         norm, bounded, (limits, limits), layer, norm, bounded, layer, 1, 1e-6, 1.0, 1.0
     )
-    prepare = kernels.library.operations_of(kernels.instruction_sets()[0])["prepare_plain_block"]
+    prepare = kernels.loader.operations_of(kernels.instruction_sets()[0])["prepare_plain_block"]
     with pytest.raises(ValueError, match="dim must divide by 64"):
         prepare(block)
