@@ -44,7 +44,8 @@ class GradientMethod(Method):
             ValueError: If no gradient comes through the model, so that no batch could ever adapt.
         """
         params = on.flat()
-        self.require_gradient(on)
+        if not params.is_meta:  # where there are no values, none can be tried
+            self.require_gradient(on)
         state: State = {"params": params}
         state = with_part(state, "optimizer", self.optimizer.start(params))
         balance = self.balance.start(num_classes_of(on.model))

@@ -317,8 +317,8 @@ def test_saved_recipe_repeats_the_run(name: str, teacher: Path, tmp_path: Path) 
     folder = runs.student(name, teacher)
     found = runs.fit(folder / "config.yaml", tmp_path / "again")
     expected = runs.metrics(folder)
-    different = {"seconds", "recipe"}
-    assert {k: v for k, v in found.items() if k not in different} == {
-        k: v for k, v in expected.items() if k not in different
-    }
+    for items in (found, expected):
+        for key in [key for key in items if key.startswith("seconds") or key == "recipe"]:
+            del items[key]
+    assert found == expected
     assert runs.weights(tmp_path / "again") == runs.weights(folder)
