@@ -1,4 +1,4 @@
-.PHONY: setup kernels sanitize check format lint types contracts test slow
+.PHONY: setup kernels sanitize check format lint types contracts test slow walk
 
 PYTHON ?= python
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -33,3 +33,6 @@ test:
 
 slow:  ## minutes; before a release
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
+
+walk:  ## every command of README and quickstart, as printed; minutes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m walk -x

@@ -182,6 +182,7 @@ def test_teacher_recipe_is_trained_first_and_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["configs/default.yaml", "configs/digits_teacher.yaml"])
+@pytest.mark.slow
 def test_without_a_command_it_is_fit_and_without_a_recipe_the_default_one(
     config: str, teacher: Path, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_quantized_checkpoint_is_adapted_as_it_is(recipe: Path, tmp_path: Path) 
     assert second["table"] == first["table"]
 
 
+@pytest.mark.slow
 def test_run_on_a_checkpoint_stopped_at_its_start_continues_on_that_checkpoint(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ def test_run_on_a_checkpoint_stopped_at_its_start_continues_on_that_checkpoint(
     assert runs.metrics(tmp_path / "run")["table"] == first["table"]
 
 
+@pytest.mark.slow
 def test_grid_compares_checkpoints_and_continues_on_each(
     recipe: Path, teacher: Path, tmp_path: Path
 ) -> None:

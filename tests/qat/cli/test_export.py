@@ -158,6 +158,7 @@ def test_a_packed_file_that_computes_something_else_fails_the_export(
     assert metrics(tmp_path / "run")["n_faults"] == 8
 
 
+@pytest.mark.slow
 def test_a_packed_file_is_exported_again_to_the_same_bytes(exported: Path, tmp_path: Path) -> None:
     words = ("--ckpt_path", exported / "model.lowbit", "--run_dir", tmp_path / "run")
     assert run("export", *words) == 0

@@ -84,6 +84,7 @@ def test_quantize_calibrates_on_what_can_be_read(home: Path, tmp_path: Path) -> 
     assert items["class_names"] == list(NAMES)
 
 
+@pytest.mark.slow
 def test_search_calibrates_on_what_can_be_read(home: Path, tmp_path: Path) -> None:
     words = ("--model.plan", "w8a8", "--search.like", "w4a4", "--data.num_calibration", 23)
     assert quantized(home, "search", tmp_path / "run", *words)["n_calibration"] == 23

@@ -313,6 +313,7 @@ def test_csv_has_loss_accuracy_and_flip_rate_over_training(teacher: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["lsq", "binary"])
+@pytest.mark.slow
 def test_saved_recipe_repeats_the_run(name: str, teacher: Path, tmp_path: Path) -> None:
     folder = runs.student(name, teacher)
     found = runs.fit(folder / "config.yaml", tmp_path / "again")

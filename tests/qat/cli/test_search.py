@@ -76,6 +76,7 @@ def test_chosen_column_of_the_sensitivities_is_what_the_plan_says(searched: Path
     assert all(rule.reason for rule in plan)
 
 
+@pytest.mark.slow
 def test_quantize_and_fit_and_plan_read_the_plan_by_a_relative_path(
     recipe: Path, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -97,6 +98,7 @@ def test_quantize_and_fit_and_plan_read_the_plan_by_a_relative_path(
     assert len(widths) > 2
 
 
+@pytest.mark.slow
 def test_knee_is_taken_without_a_budget_and_bytes_and_labels_are_taken_too(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +113,7 @@ def test_knee_is_taken_without_a_budget_and_bytes_and_labels_are_taken_too(
     assert found["metric"] == "FirstOrder"
 
 
+@pytest.mark.slow
 def test_binary_components_are_a_legal_choice_that_trains(recipe: Path, tmp_path: Path) -> None:
     binary = tmp_path / "binary.yaml"
     factory = {"class_path": "binaryvit.BinaryQuantizers"}
@@ -137,6 +140,7 @@ def test_binary_components_are_a_legal_choice_that_trains(recipe: Path, tmp_path
     assert trained["bops"] == found["bops"]
 
 
+@pytest.mark.slow
 def test_latency_budget_reads_a_measured_table(recipe: Path, tmp_path: Path) -> None:
     path = tmp_path / "latency.csv"
     widths = (*range(2, 9), 32)
@@ -195,6 +199,7 @@ def test_plan_shows_the_choices_of_a_grid(
     assert "w3_0" in shown and "w8_1" in shown and "w8_2" not in shown  # of equal cost
 
 
+@pytest.mark.slow
 def test_patchwise_bits_are_an_option_of_quantize_and_test(recipe: Path, tmp_path: Path) -> None:
     plain = _run("quantize", recipe, tmp_path / "plain")
     words = ("--patchwise.up", 2, "--patchwise.down", 2)

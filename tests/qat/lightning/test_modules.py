@@ -445,6 +445,7 @@ torch.save([qat.load(path)(images) for path in paths], sys.stdout.buffer)
 """
 
 
+@pytest.mark.slow
 def test_last_checkpoint_gives_the_trained_logits_in_a_new_process(tmp_path: Path) -> None:
     images = torch.randn(4, 1, 8, 8)
     torch.save(images, tmp_path / "images")

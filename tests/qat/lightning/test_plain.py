@@ -51,6 +51,7 @@ class First(Callback):
             self.images = batch[0]
 
 
+@pytest.mark.slow
 def test_example_of_a_notebook_trains_a_model_that_reads_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
