@@ -78,7 +78,8 @@ class Distillation(Training):
         self._taps: list[FeatureTap] = []
         self.top1 = MeanMetric()
         self.top5 = MeanMetric() if num_classes_of(self.model) > 5 else None
-        self.val_loss = MeanMetric(nan_strategy="disable")  # others leave NaN out
+        # Others leave NaN out; this one leaves weights out, so it is given each image's loss.
+        self.val_loss = MeanMetric(nan_strategy="disable")
         self.num_images, self.num_refused = SumMetric(), SumMetric()
 
     @property
@@ -132,7 +133,7 @@ class Distillation(Training):
         logits = logits_of(self.model, images)
         self.top1(hits(logits, labels, 1, len(faults)))
         if len(labels):
-            self.val_loss(nn.functional.cross_entropy(logits, labels), len(labels))
+            self.val_loss(nn.functional.cross_entropy(logits, labels, reduction="none"))
         self.num_images(len(labels) + len(faults))
         self.num_refused(len(faults))
         self.log("val/n_images", self.num_images)

@@ -84,6 +84,15 @@ def test_first_training_images_calibrate_and_the_order_of_training_stays_as_it_w
     assert torch.equal(first[None].images, first["w4a4"].images)
 
 
+def test_loss_of_validation_is_the_mean_over_images_whatever_the_batches(tmp_path: Path) -> None:
+    module = Distillation(make_tiny_vit())
+    losses = [
+        _trainer(tmp_path).validate(module, _loader(24, size), verbose=False)[0]["val/loss"]
+        for size in (24, 16, 7)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_data_module_follows_the_model_of_the_trainer(tmp_path: Path) -> None:
     data = VisionData(
         train=subset(digits("train"), range(32)),
