@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import reduce
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ class Quantizer(nn.Module, ABC):
         """The phase, a Python value so that no forward has to read a tensor."""
         return {"phase": self.phase.value}
 
-    def set_extra_state(self, state: dict[str, str]) -> None:
+    def set_extra_state(self, state: Any) -> None:  # whatever a stranger put there
         """Restore the phase from a checkpoint.
 
         Raises:
