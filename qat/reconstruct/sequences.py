@@ -50,7 +50,10 @@ def sequence_stages(model: nn.Module) -> list[Stage] | None:
         with torch.no_grad():
             for names in _candidates(model):
                 given = _in_sequence(model, names, example)
-                if given and _same(found := _chain(model, names, given), model, example):
+                if not given:
+                    continue
+                found = _chain(model, names, given)
+                if _disjoint(found) and _same(found, model, example):
                     return found
     finally:
         for module, mode in modes.items():
@@ -183,6 +186,12 @@ def _around(
         if not inside and name.rpartition(".")[0] in above:
             sides[begun].append(module)
     return tuple(sides[0]), tuple(sides[1])
+
+
+def _disjoint(chain: list[Stage]) -> bool:
+    """Whether every parameter belongs to one module of one stage, so that it is trained once."""
+    found = [id(p) for stage in chain for module in stage.modules for p in module.parameters()]
+    return len(found) == len(set(found))
 
 
 def _same(chain: list[Stage], model: nn.Module, example: Tensor) -> bool:

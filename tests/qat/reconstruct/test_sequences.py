@@ -16,12 +16,14 @@ from qat.reconstruct.stages import stages
 class Blocks(nn.Module):
     """Embedding, blocks, classifier; `around` passes what the embedding gives around the blocks."""
 
-    def __init__(self, around: bool = False, extra: bool = False) -> None:
+    def __init__(self, around: bool = False, extra: bool = False, shared: bool = False) -> None:
         super().__init__()
         self.embed = nn.Linear(6, 8)
         self.steps = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), Second(8)) for _ in range(3))
         self.norm, self.classifier = nn.LayerNorm(8), nn.Linear(8, 4)
         self.around, self.extra = around, extra
+        if shared:
+            self.steps[1][1] = self.steps[0][1]
 
     def example_inputs(self, device: str) -> tuple[Tensor]:
         return (torch.zeros(1, 5, 6, device=device),)
@@ -66,7 +68,7 @@ def test_gradients_reach_every_stage() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["around", "extra"])
+@pytest.mark.parametrize("kind", ["around", "extra", "shared"])
 def test_model_whose_blocks_are_no_chain_is_refused_before_any_work(kind: str) -> None:
     model, x = Blocks(**{kind: True}).eval(), torch.randn(2, 5, 6)
     qat.convert_(model, Plan.uniform(8, 8), Affine)
