@@ -84,7 +84,7 @@ class Manifest:
             _field(content, "model", dict),
             Preprocessing(**_all_of(Preprocessing, preprocessing)),
             build(content.get("class_names"), tuple[str, ...] | None),
-            start and Start(**_all_of(Start, start)),
+            None if start is None else Start(**_all_of(Start, start)),
             None if dtype is None else getattr(torch, dtype),
             conversion,
             _field(content, "prefix", str),

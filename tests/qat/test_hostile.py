@@ -25,22 +25,29 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def _fuzz(saved: Saved, seeds: range) -> dict[str, list[int]]:
+    """Seeds whose file is neither refused nor the same model, by what came of it.
+
+    A file that was sealed anew around other values of the right type is another model, no damage.
+    """
     path, images, expected = saved
     target, found = path.with_name("altered.ckpt"), {}
     for seed in seeds:
         target.write_bytes(hostile.altered(path, seed))
-        found.setdefault(hostile.outcome(target, images, expected), []).append(seed)
+        outcome = hostile.outcome(target, images, expected)
+        fine = {"refused", "same"} | ({"other logits"} if hostile.is_sealed(seed) else set())
+        if outcome not in fine:
+            found.setdefault(outcome, []).append(seed)
     return found
 
 
 def test_altered_checkpoints_are_refused_in_one_line_or_give_the_same_logits(saved: Saved) -> None:
-    assert _fuzz(saved, range(60)).keys() <= {"refused", "same"}
+    assert _fuzz(saved, range(60)) == {}
 
 
 @pytest.mark.slow
 def test_thousand_altered_checkpoints_are_refused_or_give_the_same_logits(saved: Saved) -> None:
     before = hostile.peak_bytes()
-    assert _fuzz(saved, range(60, 1060)).keys() <= {"refused", "same"}
+    assert _fuzz(saved, range(60, 1060)) == {}
     assert hostile.peak_bytes() - before < 200 * 2**20
 
 
