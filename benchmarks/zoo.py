@@ -168,7 +168,7 @@ def _passed(rows: list[Row], names: tuple[str, ...]) -> str:
 
 def _versions(rows: list[Row]) -> str:
     found = {json.dumps(row["versions"], sort_keys=True): row["versions"] for row in rows}
-    return "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in found.values())
+    return ";\n".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in found.values())
 
 
 def summary(rows: list[Row]) -> str:

@@ -7,7 +7,7 @@ before the sign stays in torch, so the signs are those of the simulation.
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from binaryvit.quantizers import BinaryActivation, BinaryWeight
 from qat import Phase, kernels
@@ -15,7 +15,7 @@ from qat.kernels.products import Prepared
 from qat.layers import QuantLinear
 
 
-@torch.library.custom_op("lowbit::binary_linear", mutates_args=(), device_types="cpu")
+@library.custom_op("lowbit::binary_linear", mutates_args=(), device_types="cpu")
 def binary_linear(
     x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor | None, kind: str
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import qat
 from binaryvit.native import binary_linear, native_
@@ -38,7 +38,7 @@ def test_the_operator_is_one_that_compile_can_trust(images: Tensor) -> None:
     native_(model)
     layer = model.get_submodule("blocks.0.attn.qkv")
     arguments = (torch.randn(2, 3, 64), layer.panels, layer.scale, layer.bias, layer.kind)
-    torch.library.opcheck(binary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(binary_linear, arguments, test_utils=("test_schema", "test_faketensor"))
     exported = torch.export.export(layer, (torch.randn(2, 3, 64),))
     assert any("lowbit.binary_linear" in str(node.target) for node in exported.graph.nodes)
 
