@@ -42,7 +42,7 @@ from binaryvit_train import Job, Row, train
 from rich.console import Console
 from rich.table import Table
 
-LONG = 24  # epochs; short runs take `Job`'s
+LONG = 12  # epochs, what the budget of processor hours allows; short runs take `Job`'s
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 GRID = [  # schedule, strength, decoupled
     *(("cosine_ramp", strength, False) for strength in (0.003, 0.01, 0.03, 0.1)),
