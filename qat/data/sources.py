@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -18,6 +17,7 @@ from timm.data.dataset_factory import create_dataset
 from qat.data import tables
 from qat.data.classes import ClassNames, Labels, relabelled
 from qat.data.listing import class_folders, class_name, images_below, split_folder
+from qat.extras import needs
 from qat.reading import decoded, read_bytes, read_file
 
 UNKNOWN = -1
@@ -131,6 +131,17 @@ def digits(split: str) -> Source:
     return Source(lambda i: Image.fromarray(pixels[i]), bunch.target[indices], 10, None, names)
 
 
+def _datasets() -> Any:
+    """The library of tables and hub sets.
+
+    Raises:
+        ValueError: If it is missing.
+    """
+    with needs("datasets", "read parquet files and hub sets"):
+        import datasets
+    return datasets
+
+
 def parquet(path: str, image: str = "image", label: str = "label") -> Source:
     """A parquet file with a column of encoded images and one of classes.
 
@@ -140,8 +151,10 @@ def parquet(path: str, image: str = "image", label: str = "label") -> Source:
         label: Name of the label column: class indices, or class names.
 
     Raises:
-        ValueError: If there is no such file or column, or a row has no label.
+        ValueError: If there is no such file or column, a row has no label, or `datasets` is
+            missing.
     """
+    datasets = _datasets()
     try:
         table = datasets.load_dataset("parquet", data_files=path, split="train")
     except (FileNotFoundError, ValueError) as error:
@@ -262,11 +275,13 @@ def timm_source(
         download: Fetch the set if it is not there.
 
     Raises:
-        ValueError: If images cannot be reached by number.
+        ValueError: If images cannot be reached by number, or `datasets` is missing for a hub set.
     """
     if name in ("", "torch/folder", "torch/image_folder"):
         folder = Path(root or ".")
         return image_folder(str(split_folder(folder, split) or folder))
+    if name.startswith("hfds/"):
+        _datasets()
     dataset: Any = create_dataset(name, root=root, split=split, download=download)
     reader: Any = getattr(dataset, "reader", None)
     if hasattr(reader, "label_key"):

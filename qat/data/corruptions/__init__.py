@@ -16,40 +16,16 @@ from typing import Literal
 
 import numpy as np
 
-from qat.data.corruptions import blur, digital, noise, weather
 from qat.data.corruptions.digital import jpeg_round_trip
-from qat.data.corruptions.elastic import elastic_transform
-from qat.data.corruptions.spatter import spatter
-from qat.data.corruptions.tables import PARAMETERS
+from qat.data.corruptions.tables import IMAGENET, PARAMETERS
+from qat.extras import needs
 
 Style = Literal["imagenet", "cifar"]
 
-FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
-    "gaussian_noise": noise.gaussian_noise,
-    "shot_noise": noise.shot_noise,
-    "impulse_noise": noise.impulse_noise,
-    "defocus_blur": blur.defocus_blur,
-    "glass_blur": blur.glass_blur,
-    "motion_blur": blur.motion_blur,
-    "zoom_blur": blur.zoom_blur,
-    "snow": weather.snow,
-    "frost": weather.frost,
-    "fog": weather.fog,
-    "brightness": digital.brightness,
-    "contrast": digital.contrast,
-    "elastic_transform": elastic_transform,
-    "pixelate": digital.pixelate,
-    "jpeg_compression": digital.jpeg_compression,
-    "speckle_noise": noise.speckle_noise,
-    "gaussian_blur": blur.gaussian_blur,
-    "spatter": spatter,
-    "saturate": digital.saturate,
-}
-
-CORRUPTIONS = tuple(FUNCTIONS)[:15]
+CORRUPTIONS = tuple(IMAGENET)[:15]
 """The benchmark, in its official order."""
 
-HELD_OUT = tuple(FUNCTIONS)[15:]
+HELD_OUT = tuple(IMAGENET)[15:]
 """Four more, for choices that must not be made on the benchmark."""
 
 
@@ -67,18 +43,26 @@ class Domain:
 
 
 def require(domain: Domain) -> None:
-    """Check that a domain exists.
+    """Check that a domain exists, and that what computes it is installed.
 
     Raises:
-        ValueError: If there is no such corruption or severity.
+        ValueError: If there is no such corruption or severity, or OpenCV is missing.
     """
     if domain == Domain("clean", 0):
         return
-    if domain.name not in FUNCTIONS:
+    if domain.name not in IMAGENET:
         known = ", ".join((*CORRUPTIONS, *HELD_OUT))
         raise ValueError(f"there is no corruption '{domain.name}'; there are {known}, and clean")
     if not 1 <= domain.severity <= 5:
         raise ValueError(f"severity of {domain.name} must be 1 to 5, got {domain.severity}")
+    _functions()
+
+
+def _functions() -> dict[str, Callable[..., np.ndarray]]:
+    """The function of each corruption."""
+    with needs("corruptions", "corrupt images"):
+        from qat.data.corruptions.functions import FUNCTIONS
+    return FUNCTIONS
 
 
 def corrupt(
@@ -97,7 +81,7 @@ def corrupt(
         (H, W, 3) uint8; values are cut off to integers, not rounded, as in the original.
 
     Raises:
-        ValueError: If there is no such corruption or severity.
+        ValueError: As `require`.
     """
     require(domain)
     if domain.severity == 0:
@@ -105,6 +89,6 @@ def corrupt(
     words = (*key, zlib.crc32(domain.name.encode()), domain.severity)
     generator = np.random.default_rng(words)
     parameters = PARAMETERS[style][domain.name][domain.severity - 1]
-    result = FUNCTIONS[domain.name](image, *parameters, generator)
+    result = _functions()[domain.name](image, *parameters, generator)
     result = np.clip(result, 0, 255).astype(np.uint8)
     return jpeg_round_trip(result, 85) if save and style == "imagenet" else result

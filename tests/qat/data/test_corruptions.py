@@ -13,9 +13,10 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_image
 
-from qat.data.corruptions import CORRUPTIONS, FUNCTIONS, HELD_OUT, Domain, Style, corrupt
+from qat.data.corruptions import CORRUPTIONS, HELD_OUT, Domain, Style, corrupt
 from qat.data.corruptions.blur import _scatter
 from qat.data.corruptions.frost import DEVIATIONS, MEANS, texture
+from qat.data.corruptions.functions import FUNCTIONS
 from qat.data.corruptions.tables import PARAMETERS
 
 GOLDENS: dict[str, Any] = json.loads(

@@ -1,0 +1,53 @@
+"""What only some jobs need is an extra; where it is missing, one line says what and for what."""
+
+import sys
+import tomllib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from qat.data import sources
+from qat.data.corruptions import Domain, corrupt, require
+from tests.runs import ROOT
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+JOBS: dict[str, tuple[str, Callable[[], object]]] = {
+    "corruptions": ("cv2", lambda: require(Domain("fog", 3))),
+    "datasets": ("datasets", lambda: sources.parquet("photos.parquet")),
+}
+CORRUPTIONS = "qat.data.corruptions"
+
+
+@pytest.fixture
+def hidden(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Hides a module, as where it is not installed, from ours too."""
+
+    def hide(module: str) -> None:
+        for name in [name for name in sys.modules if name.startswith(f"{CORRUPTIONS}.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, module, None)
+
+    return hide
+
+
+@pytest.mark.parametrize("extra", JOBS)
+def test_missing_package_is_named_with_the_job_that_needs_it_and_its_extra(
+    extra: str, hidden: Callable[[str], None]
+) -> None:
+    module, job = JOBS[extra]
+    hidden(module)
+    with pytest.raises(ValueError, match=rf"cannot .*: {module} is not installed; .*\[{extra}\]'"):
+        job()
+    assert extra in EXTRAS
+
+
+def test_photos_as_they_are_need_no_extra(hidden: Callable[[str], None]) -> None:
+    hidden("cv2")
+    image = np.zeros((2, 2, 3), np.uint8)
+    assert corrupt(image, Domain("clean", 0), "imagenet", (0, 0)) is image
+
+
+def test_extra_of_development_holds_every_extra_that_tests_need() -> None:
+    named = " ".join(EXTRAS["dev"])
+    assert all(extra in named for extra in JOBS)
