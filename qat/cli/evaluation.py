@@ -10,7 +10,7 @@ from torch import nn
 from qat.card import card_of, untrained
 from qat.cli.session import Session
 from qat.cost.count import cost
-from qat.cost.coverage import cost_items
+from qat.cost.coverage import cost_items, coverage_rows
 from qat.lightning.data import VisionData
 from qat.patchwise import patchwise
 
@@ -29,7 +29,9 @@ def model_items(model: nn.Module) -> dict[str, Any]:
     """Costs of a model, names of its classes, and what of it was never trained."""
     names, random = card_of(model).class_names, untrained(model)
     said = {"class_names": names and list(names), "untrained": random}
-    return cost_items(cost(model)) | {key: value for key, value in said.items() if value}
+    costs = cost(model)
+    kept = {key: value for key, value in said.items() if value}
+    return cost_items(costs) | {"coverage": coverage_rows(costs)} | kept
 
 
 @contextmanager

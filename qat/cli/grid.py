@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from qat.cli.console import console
+from qat.cli.exhibits import is_table
 from qat.cli.recipe import Part, load_recipe
 from qat.cli.run_folder import RunFolder
 from qat.cli.session import Session
@@ -52,7 +53,8 @@ def run_grid(
                 console.rule(" ".join([*names.values(), f"seed {seed}"]))
                 chosen = session.changed({"grid": None, "seed_everything": seed})
                 run_one(chosen.overlaid(recipe).inside(folder))
-            rows.append({**names, **folder.read_metrics(), **names})
+            measured = {k: x for k, x in folder.read_metrics().items() if not is_table(x)}
+            rows.append({**names, **measured, **names})
             yield rows
 
 

@@ -1,11 +1,13 @@
 """Experiment trackers: what a recipe names as `trainer.logger`, told of the run of any command.
 
-A tracker gets the recipe, and at the end the numbers of `metrics.json` under their own names. `fit`
-adds the curves of training, `adapt` a point a batch of the stream.
+A tracker gets the recipe, and at the end the numbers of `metrics.json` under their own names, with
+its tables and the pictures of the run. `fit` adds the curves of training, `adapt` a point a batch
+of the stream. W&B keeps the model as an artifact where its setting `log_model` says so.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from math import isfinite
 from typing import Any
 
@@ -13,8 +15,13 @@ import yaml
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from qat.cli.console import console
+from qat.cli.exhibits import exhibit
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session
+from qat.extras import needs
+
+EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard"}
+"""Trackers that an extra brings, which is called like its module."""
 
 
 @contextmanager
@@ -39,7 +46,7 @@ def trackers(session: Session) -> Iterator[list[Logger]]:
 
 
 def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> None:
-    """Write `metrics.json`, and tell its numbers to the trackers.
+    """Write `metrics.json`, and tell the trackers what the run leaves.
 
     JSON knows no number that is not finite: `null` stands for it, and its key in `not_finite`.
 
@@ -49,6 +56,7 @@ def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> N
     kept, broken = finite(items)
     folder.write_metrics(kept | ({"not_finite": broken} if broken else {}))
     report(loggers, items)
+    _tell(loggers, lambda logger: exhibit(logger, folder.path, kept))
     if broken:
         raise ValueError(
             f"{', '.join(broken[:3])} is not finite, so the result means little; all that was "
@@ -106,8 +114,23 @@ def _placed(session: Session) -> Session:
             continue
         if arguments.get("save_dir") in (None, "."):
             arguments["save_dir"] = str(folder.path)
+        require_package(logger.class_path.rpartition(".")[2])
         if logger.class_path.endswith("WandbLogger"):
             arguments["id"] = arguments.get("id") or folder.tracker_id()
             arguments["name"] = arguments.get("name") or folder.path.name
             logger["dict_kwargs"] = {"resume": "allow", **(logger.get("dict_kwargs") or {})}
     return session.changed({"trainer": config.trainer})
+
+
+def require_package(logger: str) -> None:
+    """Refuse a tracker whose extra is missing.
+
+    Args:
+        logger: Name of its class.
+
+    Raises:
+        ValueError: If its module is not installed.
+    """
+    if (extra := EXTRAS.get(logger)) is not None:
+        with needs(extra, f"log with {logger}"):
+            import_module(extra)

@@ -168,7 +168,7 @@ def _measured(
     items = evaluate(session, module.model, data, evaluator)
     if module.teacher is not None:
         teacher = evaluate(session, module.teacher, data, evaluator)
-        kept = {"top1", "n_images", *model_items(module.teacher)} - {"class_names"}
+        kept = {"top1", "n_images", *model_items(module.teacher)} - {"class_names", "coverage"}
         items |= {f"{key}_teacher": teacher[key] for key in kept}
     return items
 

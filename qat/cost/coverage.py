@@ -11,20 +11,29 @@ from qat.cost.conventions import CLAIMS, Count, matches, ops_counts, plain_ops, 
 from qat.cost.count import TRANSFORM, Cost, Site
 
 
-def coverage_table(cost: Cost) -> Table:
-    """Share of MACs and weights at every precision."""
-    table = Table("precision", "MACs", "weights", "where", title="Coverage", title_justify="left")
+def coverage_rows(cost: Cost) -> list[dict[str, Any]]:
+    """Shares of MACs and of weights at every precision, the most MACs first."""
     groups: dict[str, list[Site]] = defaultdict(list)
     for site in cost.sites:
         groups[site.precision].append(site)
     num_weights = sum(site.num_weights for site in cost.sites)
-    for precision, sites in sorted(groups.items(), key=lambda item: -sum(s.macs for s in item[1])):
-        table.add_row(
-            precision,
-            f"{sum(site.macs for site in sites) / cost.macs:.2%}",
-            f"{sum(site.num_weights for site in sites) / num_weights:.2%}",
-            f"{len(sites)} products, such as {sites[0].name}",
-        )
+    return [
+        {
+            "precision": precision,
+            "macs": sum(site.macs for site in sites) / cost.macs,
+            "weights": sum(site.num_weights for site in sites) / num_weights,
+            "where": f"{len(sites)} products, such as {sites[0].name}",
+        }
+        for precision, sites in sorted(groups.items(), key=lambda x: -sum(s.macs for s in x[1]))
+    ]
+
+
+def coverage_table(cost: Cost) -> Table:
+    """The same, to print."""
+    table = Table("precision", "MACs", "weights", "where", title="Coverage", title_justify="left")
+    for row in coverage_rows(cost):
+        shares = (f"{row[key]:.2%}" for key in ("macs", "weights"))
+        table.add_row(row["precision"], *shares, row["where"])
     return table
 
 

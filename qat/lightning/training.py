@@ -171,7 +171,8 @@ class Training(LightningModule):
                 )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Let the regularizer act on gradients."""
+        """Log the learning rate, and let the regularizer act on gradients."""
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self.regularizer is not None:
             self.regularizer.adjust_gradients(self.model, self._progress())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from qat.cli.trackers import require_package
 from qat.data import sources
 from qat.data.corruptions import Domain, corrupt, require
 from tests.runs import ROOT
@@ -15,6 +16,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 JOBS: dict[str, tuple[str, Callable[[], object]]] = {
     "corruptions": ("cv2", lambda: require(Domain("fog", 3))),
     "datasets": ("datasets", lambda: sources.parquet("photos.parquet")),
+    "tensorboard": ("tensorboard", lambda: require_package("TensorBoardLogger")),
 }
 CORRUPTIONS = "qat.data.corruptions"
 

@@ -187,9 +187,9 @@ def adapt(session: Session, shared: Path | None = None) -> None:
         report(loggers, errors)
         if not stream.labelled and adapter.own.numel():
             files.save(adapter.adapted(), folder / "adapted.ckpt")
+        if stream.labelled:
+            stream_plot(adaptation.table.path, folder / "stream.png")
         finish(session.folder, loggers, items)
-    if stream.labelled:
-        stream_plot(adaptation.table.path, folder / "stream.png")
 
 
 def compare(session: Session) -> None:
@@ -205,9 +205,8 @@ def compare(session: Session) -> None:
     for rows in run_grid(session, run_one):
         console.print(grid_table("Comparison", rows, list(config.grid), COLUMNS))
     first = {key: rows[0][key] for key in ("device", "torch_version")}
-    table = [{k: v for k, v in row.items() if k != "table"} for row in rows]
     items = session.items(first["device"])
-    session.folder.write_metrics({**items, **first, "draws": config.draws, "table": table})
+    session.folder.write_metrics({**items, **first, "draws": config.draws, "table": rows})
 
 
 def say_what_never_adapted(session: Session) -> None:
