@@ -43,10 +43,10 @@ def short_table(question: Question, runs: list[Run]) -> str:
     """The same for the README, without bands."""
     heads = ["", *question.columns.values()]
     lines = [f"**{question.question}** {question.about}", ""]
-    lines += [f"| {' | '.join(heads)} | row |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
+    lines += [f"| {' | '.join(heads)} | `lowbit-vit` |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
     for row in question.rows:
         if found := _of(row, runs):
-            cells = [row.label, *_cells(question, found), f"`{row.name}`"]
+            cells = [row.label, *_cells(question, found), f"`{row.command}`"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -82,8 +82,8 @@ def write(page_path: Path = PAGE, readme: Path = README) -> None:
     """Write both."""
     questions, runs = ledger.questions(), ledger.runs()
     page_path.write_text(page(questions, runs))
-    (shown,) = (short_table(question, runs) for question in questions if question.readme)
-    readme.write_text(with_table(readme.read_text(), shown))
+    shown = (short_table(question, runs) for question in questions if question.readme)
+    readme.write_text(with_table(readme.read_text(), "\n".join(shown)))
 
 
 if __name__ == "__main__":
