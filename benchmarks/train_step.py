@@ -9,6 +9,10 @@ without the optimizer. There are two baselines, since on AMD processors torch's 
 matrix product runs far below what the same processor does through oneDNN: `float` is torch's
 default, `float medium` is under `set_float32_matmul_precision("medium")`, which is true float32 on
 processors without AMX. The low-bit variants are timed under both.
+
+With `--compiled` each variant is timed compiled under bfloat16 autocast as well, which is what
+`fit` does with `trainer.compile: true` and `trainer.precision: bf16-mixed`. `--depth` shortens the
+model.
 """
 
 import argparse
@@ -37,11 +41,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--compiled", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     images = torch.randn(arguments.batch, 3, 224, 224)
-    steps = {name: step(model, images) for name, model in variants(arguments.model, images)}
+    models = variants(arguments.model, arguments.depth, images)
+    steps = {name: step(model, images) for name, model in models}
+    if arguments.compiled:
+        steps |= {
+            f"{name}, compiled, bf16": step(model, images, compiled=True)
+            for name, model in variants(arguments.model, arguments.depth, images)
+        }
     times: dict[tuple[str, str], list[float]] = {}
     for round_ in range(arguments.rounds + 1):
         for precision in ("highest", "medium"):
@@ -55,31 +67,35 @@ def main() -> None:
     report(times, arguments)
 
 
-def variants(name: str, images: torch.Tensor) -> list[tuple[str, nn.Module]]:
+def variants(name: str, depth: int, images: torch.Tensor) -> list[tuple[str, nn.Module]]:
     """The float model and its converted copies, calibrated."""
     plans = {bits: Plan.load(f"configs/plans/vit_{bits}.yaml") for bits in ("w4a4", "binary")}
     binary = BinaryQuantizers(shift=DynamicShift)
-    models = [("float", qat.timm_model(name))]
+    models = [("float", qat.timm_model(name, model_args={"depth": depth}))]
     for label, convert, plan, factory in (
         ("W4A4 LSQ", qat.convert_, plans["w4a4"], LSQ),
         ("binary plain", qat.convert_, plans["binary"], binary),
         ("binary react", react_, plans["binary"], binary),
     ):
-        model = qat.timm_model(name)
+        model = qat.timm_model(name, model_args={"depth": depth})
         convert(model, plan, factory)
         qat.calibrate(model, [images[:2]])
         models.append((label, model))
     return models
 
 
-def step(model: nn.Module, images: torch.Tensor) -> Step:
-    """Forward, cross-entropy and backward."""
+def step(model: nn.Module, images: torch.Tensor, compiled: bool = False) -> Step:
+    """Forward, cross-entropy and backward; compiled as one graph, with products in bfloat16."""
     labels = torch.zeros(len(images), dtype=torch.long)
     model.train()
+    if compiled:
+        model.compile(fullgraph=True)
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(images), labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=compiled):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
 
     return run
 
