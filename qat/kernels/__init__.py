@@ -6,11 +6,14 @@ when it is first used. The environment variable `LOWBIT_KERNELS` forces another:
 by one thread unless `set_threads` says otherwise. Imports NumPy only.
 """
 
-from qat.kernels.block import PlainBlock
+from qat.kernels.binary_block import BinaryBlock, BinaryLayer
 from qat.kernels.bounds import bounds
 from qat.kernels.loader import instruction_set, instruction_sets, operations, set_threads
+from qat.kernels.plain_block import PlainBlock
 
 __all__ = [
+    "BinaryBlock",
+    "BinaryLayer",
     "PlainBlock",
     "bounds",
     "instruction_set",

@@ -9,6 +9,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from qat.kernels.blocks import Blocks
 from qat.kernels.native import Native
 from qat.kernels.products import Products
 from qat.kernels.rows import Rows
@@ -71,7 +72,7 @@ def operations_of(name: str) -> dict[str, Callable[..., Any]]:
     """Operations by the kernels of an instruction set that is there."""
     return {
         operation: getattr(part, operation)
-        for part in (Rows(native(name)), Products(native(name)))
+        for part in (Rows(native(name)), Products(native(name)), Blocks(native(name)))
         for operation in vars(type(part))
         if not operation.startswith("_")
     }

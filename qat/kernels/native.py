@@ -14,14 +14,14 @@ from qat.kernels.arrays import address
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 _SIGNATURES = {
     "prepare_binary": "pnnp",
-    "sign_pack": "ppnnnnp",
+    "sign_pack": "pppnnnnp",
     "norm_sign_pack": "pppfpnnnnp",
     "layer_norm": "pppfnnp",
     "gelu": "pnp",
     "softmax": "pnnp",
     "rprelu": "ppppnnp",
     "shortcut": "pnnnp",
-    "react": "ppppfpppnnnp",
+    "react": "ppppfppppnnnp",
     "binary_gemm": "ppnnnp",
     "binary_linear": "pppppnnnp",
     "binary_linear_bits": "ppppnnnp",
@@ -31,6 +31,7 @@ _SIGNATURES = {
     "linear": "pppnnnp",
     "integer_linear": "ppppnnnp",
     "plain_block": "pnnp",
+    "binary_block": "pnnp",
     "popcount_limit": "np",
 }
 """Arguments of each: an address, a length, a float."""

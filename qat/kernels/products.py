@@ -1,6 +1,5 @@
-"""Operations that multiply: layers of bits, integers and floats, attention, a whole block."""
+"""Operations that multiply: layers of bits, integers and floats, attention."""
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,12 @@ from qat.kernels.arrays import (
     Bits,
     Floats,
     Integers,
-    address,
     checked,
     floats,
     pairs_of,
     panels_of,
     words,
 )
-from qat.kernels.block import Arguments, PlainBlock, arrays_of
 from qat.kernels.native import Native
 
 
@@ -117,7 +114,7 @@ class Products:
     ) -> Floats:
         """Binary attention of qkv (batch, tokens, 3, heads, dim) by signs and a map of 0 and s."""
         batch, tokens, _, heads, dim = qkv.shape
-        _require_attention(dim, logit_scale)
+        require_attention(dim, logit_scale)
         qkv = floats("qkv", qkv, batch, tokens, 3, heads, dim)
         count = threshold.shape[1]
         threshold = floats("threshold", threshold, 3, batch if count != 1 else 1, heads, dim)
@@ -137,8 +134,8 @@ class Products:
     ) -> Bits:
         """The same from bits (batch, tokens, 3, heads, words) to bits, by bounds of its sums."""
         batch, tokens, _, heads, _ = bits.shape
-        _require_attention(dim, logit_scale)
-        _require_words(dim)
+        require_attention(dim, logit_scale)
+        require_words(dim)
         bits = checked("bits", bits, np.uint64, (batch, tokens, 3, heads, words(dim)))
         width = heads * dim
         limits = (
@@ -149,30 +146,6 @@ class Products:
         sizes = batch, tokens, heads, dim
         self._run("binary_attention_bits", bits, *limits, logit_scale, map_scale, *sizes, packed)
         return packed
-
-    def prepare_plain_block(self, block: PlainBlock) -> tuple[Arguments, list[NDArray[Any]]]:
-        """The arguments of a block, and the arrays that they point to."""
-
-        def bits(weight: Bits, n: int, k: int) -> NDArray[Any]:
-            return self.prepare_binary(
-                checked("weight", weight, np.uint64, (n, words(k))), k
-            ).panels
-
-        _require_attention(block.head_dim, block.logit_scale)
-        _require_words(block.head_dim)
-        arrays = arrays_of(block, bits)
-        sizes = block.heads, block.head_dim, block.hidden
-        scales = block.eps, block.logit_scale, block.map_scale
-        return Arguments(*map(address, arrays), *sizes, *scales), arrays
-
-    def plain_block(self, x: Floats, block: tuple[Arguments, list[NDArray[Any]]]) -> Floats:
-        """What a block gives for x (batch, tokens, width), in the memory of x."""
-        arguments, _ = block
-        batch, tokens, _ = x.shape
-        x = np.require(x, requirements=("C", "W"))
-        x = floats("x", x, batch, tokens, arguments.heads * arguments.dim)
-        self._run("plain_block", ctypes.addressof(arguments), batch, tokens, x)
-        return x
 
     def linear(self, x: Floats, weight: Prepared, bias: Floats | None) -> Floats:
         """`x weight^T + bias`, x (rows, k)."""
@@ -208,13 +181,15 @@ def _require_kind(weight: Prepared, kind: str, k: int) -> None:
         )
 
 
-def _require_attention(dim: int, logit_scale: float) -> None:
+def require_attention(dim: int, logit_scale: float) -> None:
+    """Refuse heads that the kernels of attention do not take."""
     if dim > 4096 or not logit_scale > 0:
         raise ValueError(
             f"heads have at most 4096 features and a positive scale, got {dim} and {logit_scale}"
         )
 
 
-def _require_words(dim: int) -> None:
+def require_words(dim: int) -> None:
+    """Refuse heads whose bits end within a word."""
     if dim % 64:
         raise ValueError(f"bits of heads of {dim} do not fill words; dim must divide by 64")

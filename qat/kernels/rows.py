@@ -16,12 +16,16 @@ class Rows:
     def __init__(self, native: Native) -> None:
         self._run = native.run
 
-    def sign_pack(self, x: Floats, threshold: Floats) -> Bits:
-        """Bits of `x >= threshold`, x (groups, rows, k), threshold (1 or groups, k)."""
+    def sign_pack(self, x: Floats, threshold: Floats, gain: Floats | None = None) -> Bits:
+        """Bits of `x >= threshold`, x (groups, rows, k), threshold (1 or groups, k).
+
+        With a gain (k,) it is multiplied with the mean over rows, and added to the threshold.
+        """
         groups, rows, k = x.shape
         x, threshold = floats("x", x), thresholds_of(threshold, groups, k)
+        gain = None if gain is None else floats("gain", gain, k)
         packed = np.empty((groups, rows, words(k)), np.uint64)
-        self._run("sign_pack", x, threshold, groups, rows, k, len(threshold), packed)
+        self._run("sign_pack", x, threshold, gain, groups, rows, k, len(threshold), packed)
         return packed
 
     def norm_sign_pack(
@@ -90,7 +94,7 @@ class Rows:
         parts = (floats(*named, n) for named in _bend(before, slope, after))
         result = np.empty(y.shape, np.float32)
         x = floats("x", x, rows, k)
-        self._run("react", floats("y", y), x, *affine, eps, *parts, rows, n, k, result)
+        self._run("react", floats("y", y), x, *affine, eps, *parts, None, rows, n, k, result)
         return result
 
 

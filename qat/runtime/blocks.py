@@ -5,12 +5,10 @@ from typing import TypeGuard
 import numpy as np
 
 from qat.packed.network import OPERANDS, Network
-from qat.runtime.fused import fused
+from qat.runtime.fused import TAIL, fused
 from qat.runtime.grids import Grid, Numbers, See, Sign, Uniform, unseen
 from qat.runtime.layers import Layer, Parts
 from qat.runtime.operations import EXACT_FLOAT32
-
-REACT = ("norm.weight", "norm.bias", "act.before", "act.slope", "act.after")
 
 
 class Norm:
@@ -54,7 +52,7 @@ class Linear:
         self.layer, self.run, self.eps = Layer(parts, name, k), parts.operations, network.react_eps
         self.num_outputs = n = self.layer.num_outputs
         self.follows = name in network.react
-        self.tail = [parts.vector(f"{name}.{one}", n) for one in REACT] if self.follows else []
+        self.tail = [parts.vector(f"{name}.{one}", n) for one in TAIL] if self.follows else []
         if self.follows and max(k, n) % min(k, n):
             raise ValueError(f"'{name}' has no shortcut from {k} to {n} features")
 

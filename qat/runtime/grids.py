@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qat.packed.network import Form
+from qat.runtime.operations import token_mean
 
 Numbers = np.ndarray | np.floating[Any]
 """An array, or one number."""
@@ -68,8 +69,7 @@ class Sign(Grid):
         tokens = tuple(axis for axis in range(1, x.ndim) if sizes[axis] == 1)
         if self.gain is None or not tokens:
             return self.fixed.reshape(sizes)
-        mean = x.mean(tokens, dtype=np.float64, keepdims=True).astype(np.float32)
-        return self.fixed + self.gain * mean
+        return self.fixed + self.gain * token_mean(x, tokens)
 
     def codes(self, x: np.ndarray) -> np.ndarray:
         """-1 and +1."""

@@ -174,11 +174,12 @@ class Stored:
 def _bits(run: Operations, grid: Sign, stored: Stored, k: int, bias: np.ndarray | None) -> Product:
     """Signs times signs."""
     weight = run["prepare_binary"](words(stored.rows), k)
+    threshold = np.ascontiguousarray(grid.fixed.reshape(1, k))
 
     def product(x: np.ndarray) -> np.ndarray:
         groups = np.ascontiguousarray(x).reshape(len(x), prod(x.shape[1:-1]), k)
-        threshold = np.ascontiguousarray(grid.thresholds(x).reshape(-1, k), np.float32)
-        signs = run["sign_pack"](groups, threshold)
+        gain = grid.gain if x.ndim > 2 else None  # one row has no tokens to average
+        signs = run["sign_pack"](groups, threshold, gain)
         out = run["binary_linear"](
             signs.reshape(-1, signs.shape[-1]), weight, k, stored.scale, bias
         )

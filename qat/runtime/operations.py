@@ -22,15 +22,23 @@ EXACT_FLOAT32 = 2**24
 """Sums of integers below this are exact in float32, in any order."""
 
 
-def sign_pack(x: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """Signs of `x - threshold`, zero being positive, as words.
+def sign_pack(x: np.ndarray, threshold: np.ndarray, gain: np.ndarray | None = None) -> np.ndarray:
+    """Signs of `x - threshold - gain * (mean over rows)`, zero being positive, as words.
 
     Args:
         x: Values (groups, rows, k).
         threshold: Thresholds (t, k); group g takes row g mod t.
+        gain: Weight (k,) of the mean of each group; None for none.
     """
+    if gain is not None:
+        threshold = np.resize(threshold, (len(x), x.shape[-1])) + gain * token_mean(x, (1,))[:, 0]
     repeated = np.resize(threshold, (len(x), 1, x.shape[-1]))
     return pack_signs(x >= repeated)
+
+
+def token_mean(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Mean over axes, which are kept; summed in float64 and rounded once."""
+    return x.mean(axes, dtype=np.float64, keepdims=True).astype(np.float32)
 
 
 def prepare_binary(weight: np.ndarray, k: int) -> Any:

@@ -9,7 +9,7 @@
 #define LOWBIT_AMX
 #define LOWBIT_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,amx-tile,amx-int8,fma,popcnt"
 #include "target.h"
-#include "kernels.h"
+#include "blocks.h"
 #include "target_end.h"
 #endif
 #endif

@@ -7,6 +7,6 @@
 #define LOWBIT_AVX2
 #define LOWBIT_TARGET "avx2,fma,popcnt"
 #include "target.h"
-#include "kernels.h"
+#include "blocks.h"
 #include "target_end.h"
 #endif

@@ -7,6 +7,6 @@
 #define LOWBIT_AVX512
 #define LOWBIT_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,fma,popcnt"
 #include "target.h"
-#include "kernels.h"
+#include "blocks.h"
 #include "target_end.h"
 #endif

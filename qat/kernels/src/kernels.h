@@ -15,7 +15,15 @@ using lowbit::scratch;
 
 KERNEL(prepare_binary)(const uint64_t* rows, long width, long words, uint64_t* right) { LOWBIT_ISA::prepare_binary(rows, width, words, right); }
 
-KERNEL(sign_pack)(const float* x, const float* threshold, long groups, long rows, long k, long thresholds, uint64_t* packed) {
+// Signs of x - threshold, or of x - threshold - gain * (mean of the rows of a group); gain may be null.
+KERNEL(sign_pack)(
+    const float* x, const float* threshold, const float* gain, long groups, long rows, long k, long thresholds, uint64_t* packed) {
+    if (gain) {
+        float* moved = (float*)scratch(lowbit::MOVED, 4 * groups * k);
+        for (long g = 0; g < groups; g++) moved_row(x + g * rows * k, rows, threshold + g % thresholds * k, gain, k, moved + g * k);
+        threshold = moved;
+        thresholds = groups;
+    }
     parallel(groups * rows, 1, [=](long begin, long end) {
         for (long r = begin; r < end; r++) pack_row(x + r * k, threshold + r / rows % thresholds * k, k, packed + r * words_of(k));
     });
@@ -62,10 +70,10 @@ KERNEL(shortcut)(const float* x, long rows, long k, long n, float* y) {
     });
 }
 
-// The tail of a `react` layer: y (rows, n) is what the layer gives, x (rows, k) its input.
+// The tail of a `react` layer: y (rows, n) is what the layer gives, x (rows, k) its input; residual may be null.
 KERNEL(react)(
     const float* y, const float* x, const float* weight, const float* bias, float eps, const float* before, const float* slope, const float* after,
-    long rows, long n, long k, float* to) {
+    const float* residual, long rows, long n, long k, float* to) {
     parallel(rows, 1, [=](long begin, long end) {
         float* carried = (float*)scratch(lowbit::ROW, 4 * n);
         for (long r = begin; r < end; r++) {
@@ -74,7 +82,8 @@ KERNEL(react)(
             const Moments m = moments(row, n, eps);
             sixteens(n, [&](long at, long count) {
                 const Floats z = normalized(load(row + at, count), m, load(weight + at, count), load(bias + at, count)) + load(carried + at, count);
-                store(to + r * n + at, bent(z, load(before + at, count), load(slope + at, count), load(after + at, count)), count);
+                const Floats out = bent(z, load(before + at, count), load(slope + at, count), load(after + at, count));
+                store(to + r * n + at, residual ? out + load(residual + r * n + at, count) : out, count);
             });
         }
     });
@@ -237,38 +246,6 @@ KERNEL(popcount_limit)(long rounds, int32_t* found) {
     }
     for (int i = 1; i < popcount_chains; i++) sums[0] = sums[0] + sums[i];
     store(found, sums[0]);
-}
-
-// A whole block of a transformer whose signs have static thresholds: between its two sums of floats there are bits only.
-struct PlainBlock {
-    const float *norm1_weight, *norm1_bias, *norm1_threshold;
-    const uint64_t* qkv_weight;
-    const int32_t *qkv_low, *qkv_high, *context_low, *context_high;
-    const uint64_t* proj_weight;
-    const float *proj_scale, *proj_bias, *norm2_weight, *norm2_bias, *norm2_threshold;
-    const uint64_t* fc1_weight;
-    const int32_t *fc1_low, *fc1_high;
-    const uint64_t* fc2_weight;
-    const float *fc2_scale, *fc2_bias;
-    int64_t heads, dim, hidden;  // dim is the width of a head, a multiple of 64
-    float eps, logit_scale, map_scale;
-};
-
-// x (batch, tokens, heads * dim) becomes what the block gives; image by image, so that what lies between stays in the cache.
-KERNEL(plain_block)(const PlainBlock* p, long batch, long tokens, float* x) {
-    const long width = p->heads * p->dim, wide = p->hidden > 3 * width ? p->hidden : 3 * width;
-    uint64_t* narrow_bits = (uint64_t*)scratch(lowbit::NARROW_BITS, 8 * tokens * words_of(width));
-    uint64_t* wide_bits = (uint64_t*)scratch(lowbit::WIDE_BITS, 8 * tokens * words_of(wide));
-    for (long image = 0; image < batch; image++, x += tokens * width) {
-        JOINED(LOWBIT_ISA, norm_sign_pack)(x, p->norm1_weight, p->norm1_bias, p->eps, p->norm1_threshold, 1, tokens, width, 1, narrow_bits);
-        JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->qkv_weight, p->qkv_low, p->qkv_high, tokens, 3 * width, width, wide_bits);
-        JOINED(LOWBIT_ISA, binary_attention_bits)
-        (wide_bits, p->context_low, p->context_high, p->logit_scale, p->map_scale, 1, tokens, p->heads, p->dim, narrow_bits);
-        JOINED(LOWBIT_ISA, binary_linear)(narrow_bits, p->proj_weight, p->proj_scale, p->proj_bias, x, tokens, width, width, x);
-        JOINED(LOWBIT_ISA, norm_sign_pack)(x, p->norm2_weight, p->norm2_bias, p->eps, p->norm2_threshold, 1, tokens, width, 1, narrow_bits);
-        JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->fc1_weight, p->fc1_low, p->fc1_high, tokens, p->hidden, width, wide_bits);
-        JOINED(LOWBIT_ISA, binary_linear)(wide_bits, p->fc2_weight, p->fc2_scale, p->fc2_bias, x, tokens, width, p->hidden, x);
-    }
 }
 
 }  // namespace LOWBIT_ISA

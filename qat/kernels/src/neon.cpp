@@ -5,5 +5,5 @@
 #define LOWBIT_ISA neon
 #define LOWBIT_BYTES 16
 #define LOWBIT_NEON
-#include "kernels.h"
+#include "blocks.h"
 #endif

@@ -5,4 +5,4 @@
 
 #define LOWBIT_ISA portable
 #define LOWBIT_BYTES 16
-#include "kernels.h"
+#include "blocks.h"

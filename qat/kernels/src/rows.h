@@ -20,6 +20,24 @@ INLINE void pack_row(const float* x, const float* threshold, long k, uint64_t* p
     pack_row([=](long at, long n) { return load(x + at, n); }, threshold, k, packed);
 }
 
+// threshold + gain * (mean of x over its rows), for each of k columns; the mean is rounded once, from sums in double precision.
+INLINE void moved_row(const float* x, long rows, const float* threshold, const float* gain, long k, float* moved) {
+    for (long at = 0; at < k; at += 2 * lanes) {
+        Doubles sums[2] = {};
+        const long left = k - at;
+        for (long r = 0; r < rows; r++, x += k)
+            if (left >= 2 * lanes)
+                UNROLL for (int i = 0; i < 2; i++) sums[i].add(x + at + i * lanes);
+            else {
+                float present[2 * lanes] = {};
+                std::memcpy(present, x + at, 4 * left);
+                UNROLL for (int i = 0; i < 2; i++) sums[i].add(present + i * lanes);
+            }
+        x -= rows * k;
+        for (long i = 0; i < left && i < 2 * lanes; i++) moved[at + i] = threshold[at + i] + gain[at + i] * (float)(sums[i / lanes].at(i % lanes) / rows);
+    }
+}
+
 struct Moments {
     float mean, scale;  // scale is one over the deviation
 };
@@ -67,6 +85,10 @@ INLINE void shortcut_row(const float* x, long k, long n, float* to) {
         return;
     }
     const long group = k / n;
+    if (group == 4) {  // a common one, which the compiler makes vectors of
+        for (long i = 0; i < n; i++) to[i] = (x[4 * i] + x[4 * i + 1] + x[4 * i + 2] + x[4 * i + 3]) / 4;
+        return;
+    }
     for (long i = 0; i < n; i++) {
         float added = x[i * group];
         for (long j = 1; j < group; j++) added += x[i * group + j];

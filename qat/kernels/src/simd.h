@@ -1,7 +1,7 @@
 // Sixteen lanes of 32 bits on every instruction set, and what they do differently.
 //
 // A file of an instruction set names itself (LOWBIT_ISA), the bytes of one of its registers (LOWBIT_BYTES) and the level of its own
-// instructions (LOWBIT_AVX512, LOWBIT_AVX2, LOWBIT_NEON or none), then includes `kernels.h`. Arithmetic on floats is written out, and the
+// instructions (LOWBIT_AVX512, LOWBIT_AVX2, LOWBIT_NEON or none), then includes `blocks.h`. Arithmetic on floats is written out, and the
 // compiler may not contract it, so every instruction set gives the same bits.
 #pragma once
 #include <cmath>
@@ -31,6 +31,17 @@ struct Floats {
 struct Ints {
     typedef int32_t Loose __attribute__((vector_size(LOWBIT_BYTES), aligned(4), may_alias));
     IntPart part[parts];
+};
+
+// Sixteen sums in double precision.
+struct Doubles {
+    typedef double Part __attribute__((vector_size(LOWBIT_BYTES)));
+    typedef float Half __attribute__((vector_size(LOWBIT_BYTES / 2), aligned(4), may_alias));
+    Part part[2 * parts];
+    INLINE_MEMBER void add(const float* x) {
+        UNROLL for (int i = 0; i < 2 * parts; i++) part[i] += __builtin_convertvector(((const Half*)x)[i], Part);
+    }
+    INLINE_MEMBER double at(int i) const { return part[i / (lanes / 2 / parts)][i % (lanes / 2 / parts)]; }
 };
 
 #define OPERATOR(type, part_type, arithmetic, op) \

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qat.kernels import bounds, instruction_sets, loader, operations, set_threads
+from qat.runtime import REFERENCE
 
 SHAPES = [(1, 1, 1), (5, 33, 65), (13, 31, 2000), (40, 17, 63), (33, 64, 128), (50, 100, 384)]
 HEADS = [
@@ -121,6 +122,24 @@ def test_signs_are_exact_at_the_threshold_and_for_nan(
     x[0, 0, 0] = np.nan
     threshold = np.rint(_normal(rng, 3 if per_group else 1, k)).astype(np.float32)
     np.testing.assert_array_equal(kernels.sign_pack(x, threshold), _packed(x >= threshold[:, None]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("k", [1, 15, 64, 100, 384])
+def test_thresholds_follow_the_mean_of_a_group_to_the_last_bit(
+    kernels: SimpleNamespace, threads: int, k: int
+) -> None:
+    """Rows of zeros lie on their threshold, which is the mean minus what NumPy makes of it."""
+    x, gain = _normal(_rng(k), 2, 197, k), _normal(_rng(k, 1), k)
+    x[:, 7], x[:, 9] = 0, -1e-38
+    for group in x:
+        mean = group.mean(0, dtype=np.float64).astype(np.float32)
+        bits = kernels.sign_pack(group[None], -(gain * mean)[None], gain)[0]
+        np.testing.assert_array_equal(bits[[7, 9]], _packed(np.stack([mean == mean, mean != mean])))
+    threshold = _normal(_rng(k, 2), 2, k)
+    np.testing.assert_array_equal(
+        kernels.sign_pack(x, threshold, gain), REFERENCE["sign_pack"](x, threshold, gain)
+    )
 
 
 @needs_kernels

@@ -1,6 +1,6 @@
 """Blocks as one operation: the same numbers as the operations one by one, or not used at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +43,16 @@ def _is_fused(model: runtime.Model) -> list[bool]:
     return [block.fused is not None for block in model.blocks]
 
 
-@needs_kernels
-@pytest.mark.parametrize("name", kernels.instruction_sets())
-@pytest.mark.parametrize("shift", [StaticShift, ScaledShift, StandardizedShift])
-def test_fused_blocks_give_the_bits_of_their_operations(
-    name: str, shift: type, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOWBIT_KERNELS", name)
-    model = runtime.load(_file(tmp_path, images, shift))
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    kernels.set_threads(request.param)
+    yield request.param
+    kernels.set_threads(1)
+
+
+def _require_bits_of_operations(path: Path, images: Tensor) -> None:
+    """Refuse a file whose fused blocks give other bits than their operations one by one."""
+    model = runtime.load(path)
     assert _is_fused(model) == [True, True]
     seen: list[str] = []
     one_by_one = model(images.numpy(), lambda grid, _: seen.append(grid))
@@ -59,25 +61,52 @@ def test_fused_blocks_give_the_bits_of_their_operations(
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("shift", "convert", "model_args"),
-    [
-        (DynamicShift, convert_, {}),  # thresholds follow the image
-        (StaticShift, react_, {}),
-        (StaticShift, convert_, {"num_heads": 4}),  # heads of 32
-        (StaticShift, convert_, {"init_values": 0.5}),
-        (StaticShift, convert_, {"qk_norm": True}),
-        (StaticShift, convert_, {"scale_mlp_norm": True}),
-    ],
-)
-def test_other_blocks_run_one_by_one(
+@pytest.mark.parametrize("name", kernels.instruction_sets())
+@pytest.mark.parametrize("shift", [StaticShift, ScaledShift, StandardizedShift])
+def test_fused_blocks_give_the_bits_of_their_operations(
+    name: str, shift: type, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWBIT_KERNELS", name)
+    _require_bits_of_operations(_file(tmp_path, images, shift), images)
+
+
+OTHERS = [
+    (DynamicShift, react_, {}),
+    (StaticShift, react_, {"num_heads": 4}),
+    (DynamicShift, convert_, {}),  # thresholds follow the image, a GELU between the layers
+    (StaticShift, convert_, {"num_heads": 4}),  # heads of 32
+    (DynamicShift, react_, {"embed_dim": 60, "num_heads": 3}),  # rows that fill no register
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", kernels.instruction_sets())
+@pytest.mark.parametrize(("shift", "convert", "model_args"), OTHERS)
+def test_blocks_with_floats_between_layers_give_the_bits_of_their_operations(
+    name: str,
+    threads: int,
     shift: type,
     convert: Callable[..., object],
     model_args: dict[str, object],
     images: Tensor,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("LOWBIT_KERNELS", name)
     path = _file(tmp_path, images, shift, convert, **model_args)
+    _require_bits_of_operations(path, images)
+    expected = runtime.load(path, REFERENCE)(images.numpy())
+    np.testing.assert_allclose(runtime.load(path)(images.numpy()), expected, atol=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "model_args", [{"init_values": 0.5}, {"qk_norm": True}, {"scale_mlp_norm": True}]
+)
+def test_other_blocks_run_one_by_one(
+    model_args: dict[str, object], images: Tensor, tmp_path: Path
+) -> None:
+    path = _file(tmp_path, images, **model_args)
     model = runtime.load(path)
     assert _is_fused(model) == [False, False]
     found, expected = (one(images.numpy()) for one in (model, runtime.load(path, REFERENCE)))
@@ -104,4 +133,18 @@ def test_a_block_whose_heads_fill_no_words_is_refused() -> None:
     )
     prepare = kernels.loader.operations_of(kernels.instruction_sets()[0])["prepare_plain_block"]
     with pytest.raises(ValueError, match="dim must divide by 64"):
+        prepare(block)
+
+
+@needs_kernels
+def test_a_block_whose_layers_do_not_follow_each_other_is_refused() -> None:
+    ones, bits = np.ones(32, np.float32), np.zeros((32, 1), np.uint64)
+    layer = kernels.BinaryLayer(ones, None, bits, ones, None, None)
+    norm = (ones, ones)
+    vectors = np.ones(96, np.float32)
+    block = kernels.BinaryBlock(
+        norm, layer, vectors, None, None, layer, norm, layer, layer, 1, 1e-6, 1e-5, 1.0, 1.0
+    )
+    prepare = kernels.loader.operations_of(kernels.instruction_sets()[0])["prepare_binary_block"]
+    with pytest.raises(ValueError, match="do not fit 1 heads"):
         prepare(block)

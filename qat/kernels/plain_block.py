@@ -5,14 +5,14 @@ next sign, a bias, a GELU, a threshold, is a pair of bounds for each channel (`q
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qat.kernels.arrays import checked, floats
+from qat.kernels.arrays import checked, floats, words
+from qat.kernels.binary_block import Lay
 
 Array = NDArray[Any]
 
@@ -27,7 +27,7 @@ _POINTERS = (
 
 
 class Arguments(ctypes.Structure):
-    """`PlainBlock` of `kernels.h`."""
+    """`PlainBlock` of `blocks.h`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
@@ -82,17 +82,20 @@ class PlainBlock:
         return len(self.fc1[0])
 
 
-def arrays_of(block: PlainBlock, bits: Callable[[Array, int, int], Array]) -> list[Array]:
+def arrays_of(block: PlainBlock, lay: Lay) -> list[Array | None]:
     """The arrays of a block, in the order of `Arguments`.
 
     Args:
         block: The block.
-        bits: Lays out the bits of a weight (outputs, inputs).
+        lay: Lays out the bits of a weight.
     """
     width, hidden = block.width, block.hidden
 
     def of_floats(parts: tuple[Array, ...]) -> list[Array]:
         return [floats("block", part, width) for part in parts]
+
+    def bits(weight: Array, n: int, k: int) -> Array:
+        return lay(checked("weight", weight, np.uint64, (n, words(k))), k)
 
     def of_bounds(parts: tuple[Array, ...], n: int) -> list[Array]:
         return [checked("bounds", part, np.int32, (n,)) for part in parts]
