@@ -24,21 +24,13 @@ every eighth row of each weight. A run that exceeds its processor time or diverg
 and is not tried again with the same cache.
 """
 
-import argparse
-import fcntl
-import json
-import os
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 
-import binaryvit_data as data
-import torch
-from binaryvit_train import Job, Row, train
+import jobs
+from binaryvit_train import Job, train
+from jobs import Row
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +48,7 @@ FORMS = ("DistancePull", "SignPull", "BoundaryPull", "KurtosisPull")
 def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     """The jobs of every phase whose settings are known from finished phases before."""
     found = [[Job("lr", f"lr{rate:g}", rate) for rate in RATES]]
-    if not _complete(found[-1], finished):
+    if not jobs.complete(found[-1], finished):
         return found
     base = _best(rows, "lr", Job("", "", 0.0))
     searched = [
@@ -72,7 +64,7 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
         for schedule, strength, decoupled in GRID
     ]
     found.append(searched)
-    if not _complete(searched, finished):
+    if not jobs.complete(searched, finished):
         return found
     base = replace(base, stage="core", arm="baseline", epochs=LONG)
     pulled = replace(_best(rows, "grs", base), stage="core", arm="grs", epochs=LONG)
@@ -84,7 +76,7 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     ]
     core = [replace(job, seed=seed) for seed in range(3) for job in arms]
     found.append(core)
-    if not _complete(core, finished):
+    if not jobs.complete(core, finished):
         return found
     rest = [
         replace(base, stage="rest", arm=shift, shift=shift)
@@ -101,80 +93,6 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
             arm = "GradientDamping-coupled"
             rest.append(replace(best, arm=arm, form="GradientDamping", strength=0.5))
     return [*found, rest]
-
-
-def work(path: Path, cache: Path, only: str | None, once: bool) -> None:
-    """Do jobs until none is left; wait where others hold the last ones of a phase."""
-    while not (cache / "data.pt").exists():
-        if not _claim(cache, "data"):
-            time.sleep(10)
-        elif not (cache / "data.pt").exists():
-            data.make(cache / "data.pt")
-            (cache / "data.claim").unlink()
-    while True:
-        rows = read(path)
-        names = {f"{row['stage']}-{row['arm']}-s{row['seed']}" for row in rows}
-        failed = {file.stem for file in cache.glob("*.failed")}
-        known = phases(rows, names | failed)
-        left = [job for jobs in known for job in jobs if job.name not in names | failed]
-        if only is not None:
-            left = [job for jobs in known for job in jobs if job.name == only]
-            if not left or only in names:
-                raise SystemExit(f"{only} has a row already, or no phase that started knows it")
-        if not left:
-            return
-        job = next((job for job in left if _claim(cache, job.name)), None)
-        if job is None:
-            time.sleep(20)
-            continue
-        claim = cache / f"{job.name}.claim"
-        written = {f"{row['stage']}-{row['arm']}-s{row['seed']}" for row in read(path)}
-        if job.name not in written:  # nobody finished it between reading and claiming
-            try:
-                append(path, train(job, cache))
-            except (ArithmeticError, TimeoutError) as error:
-                claim.with_suffix(".failed").write_text(str(error))
-        torch.compiler.reset()
-        claim.unlink()
-        if once or only is not None:
-            return
-
-
-def _claim(cache: Path, name: str) -> bool:
-    """Take a job, unless a living process has it."""
-    claim = cache / f"{name}.claim"
-    with _alone(cache):
-        if claim.exists() and not Path(f"/proc/{claim.read_text() or None}").exists():
-            claim.unlink()
-        try:
-            handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        os.write(handle, str(os.getpid()).encode())
-        os.close(handle)
-    return True
-
-
-@contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """One process at a time looks at claims."""
-    with (cache / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def read(path: Path) -> list[Row]:
-    """The rows written so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row by one write, so that two processes do not mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-    os.write(handle, (json.dumps(row) + "\n").encode())
-    os.fsync(handle)
-    os.close(handle)
 
 
 def table(rows: list[Row]) -> Table:
@@ -207,24 +125,12 @@ def _best(rows: list[Row], stage: str, default: Job) -> Job:
     return Job(**{key: row["settings"][key] for key in asdict(default)})
 
 
-def _complete(jobs: list[Job], finished: set[str]) -> bool:
-    return all(job.name in finished for job in jobs)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=Path, default="docs/results/binaryvit_imagenette.jsonl")
-    parser.add_argument("--cache", type=Path, default="runs/binaryvit_runs")
-    parser.add_argument("--job", help="this one only, such as core-asm-s0")
-    parser.add_argument("--once", action="store_true", help="end after one job")
-    parser.add_argument("--table", action="store_true", help="print the rows and do nothing else")
-    given = parser.parse_args()
+    given = jobs.arguments(__doc__, "binaryvit_imagenette").parse_args()
     if given.table:
-        Console().print(table(read(given.rows)))
+        Console().print(table(jobs.read(given.rows)))
         return
-    torch.set_num_threads(1)
-    given.cache.mkdir(parents=True, exist_ok=True)
-    work(given.rows, given.cache, given.job, given.once)
+    jobs.work(phases, train, given)
 
 
 if __name__ == "__main__":

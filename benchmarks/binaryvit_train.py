@@ -5,12 +5,14 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import binaryvit_data as data
 import torch
+from jobs import Row
 from torch import Tensor, nn
 
 import qat
@@ -19,14 +21,14 @@ from binaryvit.convert import react_
 from qat.layers import quantized_weights
 from qat.lightning.training import parameter_groups
 from qat.plan import Plan
-from qat.quantizers import quantizers
+from qat.quantizers import Quantizer, quantizers
 from qat.train.losses import Objective
 from qat.train.oscillation import Oscillation, sign_statistics
+from qat.train.regularize import Regularizer
 
 LIMIT = 75 * 60  # seconds of processor time a run
 OBJECTIVE = Objective(hard=0.0, soft=1.0)
 ROOT = Path(__file__).resolve().parents[1]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,7 @@ def train(job: Job, cache: Path) -> Row:
     began = time.process_time()
     pool = data.load(cache / "data.pt")
     held_out = job.stage in ("lr", "grs")
-    rows = torch.arange(len(pool["labels"]))
-    if held_out:
-        rows = rows[~torch.isin(rows, pool["held"])]
+    rows = rows_of(pool, held_out)
     torch.manual_seed(job.seed)
     model = data.float_model()
     model.load_state_dict(pool["teacher"])
@@ -74,16 +74,54 @@ def train(job: Job, cache: Path) -> Row:
     convert(model, Plan.load(ROOT / "configs/plans/vit_binary.yaml"), factory)
     first = rows[torch.randperm(len(rows))[: 4 * data.BATCH]].split(data.BATCH)
     qat.calibrate(model, [data.normalized(pool["views"][part, 0]) for part in first])
+    watch = Watch(list(quantized_weights(model)), job.epochs * steps_of(rows), every=8)
+    history: list[dict[str, float]] = []
+    for epoch in distil(model, pool, rows, job.lr, job.epochs, job.regularizer(), watch, began):
+        history.append(epoch)
+        print(job.name, len(history), epoch, flush=True)
+    use = activation_use(model, data.normalized(pool["held_images"][: 4 * data.BATCH]))
+    top1, loss, images = judged(model, pool, held_out)
+    metrics = {"top1": top1, "loss": loss, "images": images, **use}
+    metrics |= {key: [epoch[key] for epoch in history] for key in history[0]}
+    metrics["cpu_seconds_in_all"] = time.process_time() - began
+    command = f"python benchmarks/binaryvit_runs.py --job {job.name}"
+    return row_of(job, pool, held_out, command, metrics)
+
+
+def rows_of(pool: dict[str, Any], held_out: bool) -> Tensor:
+    """Indices of the training images, without a tenth of them where that is held out."""
+    rows = torch.arange(len(pool["labels"]))
+    return rows[~torch.isin(rows, pool["held"])] if held_out else rows
+
+
+def steps_of(rows: Tensor) -> int:
+    """Whole batches in an epoch."""
+    return len(rows) // data.BATCH
+
+
+def distil(
+    model: nn.Module,
+    pool: dict[str, Any],
+    rows: Tensor,
+    lr: float,
+    epochs: int,
+    regularizer: Regularizer | None,
+    watch: "Watch",
+    began: float,
+) -> Iterator[dict[str, float]]:
+    """Train on the teacher's soft labels; what each epoch was like, after it.
+
+    Raises:
+        ArithmeticError: If the loss is not finite.
+        TimeoutError: If the run has taken more than `LIMIT` of processor time since `began`.
+    """
     model.train()
     compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=job.lr, weight_decay=0.0, fused=True)
-    steps = len(rows) // data.BATCH
-    total, done = job.epochs * steps, 0
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=lr, weight_decay=0.0, fused=True)
+    steps = steps_of(rows)
+    total, done = epochs * steps, 0
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    regularizer = job.regularizer()
-    watch = Watch(model, total)
-    history: list[dict[str, float]] = []
-    for _ in range(job.epochs):
+    for _ in range(epochs):
         start, losses = time.process_time(), []
         order = rows[torch.randperm(len(rows))]
         drawn = torch.randint(data.VIEWS, (len(rows),))
@@ -111,16 +149,22 @@ def train(job: Job, cache: Path) -> Row:
             if time.process_time() - began > LIMIT:
                 raise TimeoutError(f"{done} of {total} steps in {LIMIT} s of processor time")
         seconds = time.process_time() - start
-        history.append({"train_loss": statistics.fmean(losses), **watch.epoch()})
-        history[-1] |= {"cpu_seconds": seconds, "images_per_second": steps * data.BATCH / seconds}
-        print(job.name, len(history), history[-1], flush=True)
-    use = activation_use(model, data.normalized(pool["held_images"][: 4 * data.BATCH]))
-    name = "held" if held_out else "val"
+        speed = {"cpu_seconds": seconds, "images_per_second": steps * data.BATCH / seconds}
+        yield {"train_loss": statistics.fmean(losses), **watch.epoch(), **speed}
+        model.train()
+
+
+def judged(model: nn.Module, pool: dict[str, Any], held_out: bool) -> tuple[float, float, int]:
+    """Top-1 and loss, on how many images."""
+    images = pool["held_images" if held_out else "val_images"]
     labels = pool["labels"][pool["held"]] if held_out else pool["val_labels"]
-    top1, loss = data.evaluate(model, pool[f"{name}_images"], labels)
-    metrics = {"top1": top1, "loss": loss, "images": len(labels), **use}
-    metrics |= {key: [epoch[key] for epoch in history] for key in history[0]}
-    metrics["cpu_seconds_in_all"] = time.process_time() - began
+    return *data.evaluate(model, images, labels), len(labels)
+
+
+def row_of(
+    job: Any, pool: dict[str, Any], held_out: bool, command: str, metrics: dict[str, Any]
+) -> Row:
+    """The row of a job, with all it takes to run it again."""
     return {
         "stage": job.stage,
         "arm": job.arm,
@@ -128,7 +172,7 @@ def train(job: Job, cache: Path) -> Row:
         "settings": asdict(job) | {"batch": data.BATCH, "bf16": data.BF16},
         "evaluated_on": "held-out tenth of train" if held_out else "val",
         "teacher_top1": pool["teacher_top1"],
-        "command": f"python benchmarks/binaryvit_runs.py --job {job.name}",
+        "command": command,
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "machine": machine(),
         "metrics": metrics,
@@ -136,10 +180,19 @@ def train(job: Job, cache: Path) -> Row:
 
 
 class Watch:
-    """Codes of every eighth row of each binary weight, step by step."""
+    """Codes of some weights, step by step.
 
-    def __init__(self, model: nn.Module, total: int) -> None:
-        self.weights = [(weight, quantizer) for _, weight, quantizer in quantized_weights(model)]
+    Args:
+        weights: Layers, from `quantized_weights`.
+        total: Steps of the training.
+        every: Look at every so many rows; above 1 only where scales follow from the row.
+    """
+
+    def __init__(
+        self, weights: list[tuple[str, nn.Parameter, Quantizer]], total: int, every: int = 1
+    ) -> None:
+        self.weights = [(weight, quantizer) for _, weight, quantizer in weights]
+        self.rows = slice(None, None, every)
         self.seen = [Oscillation(codes) for codes in self._codes()]
         self.before, self.total, self.done = self._codes(), total, 0
 
@@ -155,7 +208,7 @@ class Watch:
         now = [seen.previous.clone() for seen in self.seen]
         changed = [a != b for a, b in zip(now, self.before, strict=True)]
         self.before = now
-        near = [quantizer.boundary_distance(w[::8]) < 0.1 for w, quantizer in self.weights]
+        near = [quantizer.boundary_distance(w[self.rows]) < 0.1 for w, quantizer in self.weights]
         return {
             "flip_rate": sum(a for a, _ in flips) / sum(b for _, b in flips),
             "changed_in_epoch": _share(changed),
@@ -165,7 +218,7 @@ class Watch:
         }
 
     def _codes(self) -> list[Tensor]:
-        return [quantizer.codes(weight[::8]).values for weight, quantizer in self.weights]
+        return [quantizer.codes(weight[self.rows]).values for weight, quantizer in self.weights]
 
 
 def activation_use(model: nn.Module, images: Tensor) -> dict[str, float]:
