@@ -5,10 +5,10 @@
     python benchmarks/starts.py --table --rows FILE
 
 ViT-Ti/16 at 64 pixels, from a float teacher whose soft labels alone train it; data and teacher are
-those of `binaryvit_runs.py`. AdamW without decay, batch 64, five epochs. Every number is read
-before training, after one epoch and after five of the *same* run, whose cosine schedule ends at
-epoch five: that of epoch one is on the way, not what a training of one epoch would reach.
-256 training images calibrate.
+those of `binaryvit_runs.py`, but a fixed choice of 5,000 training images, of which 256 calibrate.
+AdamW without decay, batch 64, five epochs. Every number is read before training, after one epoch
+and after five of the *same* run, whose cosine schedule ends at epoch five: that of epoch one is on
+the way, not what a training of one epoch would reach.
 
 The phases, each of which starts when the one before is complete:
 

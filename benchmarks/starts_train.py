@@ -32,7 +32,7 @@ from qat.search.probe import probing
 from qat.search.sensitivity import monotone
 from qat.spec import QuantSpec
 
-EPOCHS, CALIBRATION = 5, 256
+EPOCHS, IMAGES, CALIBRATION = 5, 5000, 256
 TRAINED_SCALES = partial(Affine, learn_scale=True)
 START: dict[str, Callable[[nn.Module, Iterable[Tensor]], None]] = {
     "lsq": qat.calibrate,
@@ -75,6 +75,8 @@ def train(job: Job, cache: Path) -> Row:
     pool = data.load(cache / "data.pt")
     held_out = job.stage in ("lr", "strength")
     rows = rows_of(pool, held_out)
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:IMAGES]
+    rows = rows[chosen.sort().values]
     torch.manual_seed(job.seed)
     drawn = rows[torch.randperm(len(rows))[:CALIBRATION]]
     images = data.normalized(pool["views"][drawn, 0])

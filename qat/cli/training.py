@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from qat import checkpoint as files
+from qat import disk
 from qat.cli.console import check_coverage, console
 from qat.cli.evaluation import evaluate, model_items
 from qat.cli.main import make_parser
@@ -22,8 +24,10 @@ from qat.cli.session import Session
 from qat.cli.trackers import finish, trackers
 from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
 from qat.lightning.data import VisionData
+from qat.lightning.doctor import Doctor
 from qat.lightning.training import Training
 from qat.quantizers import quantizers
+from qat.train.doctor import Diagnosis
 
 LENGTH = frozenset(
     f"trainer.{name}" for name in ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
@@ -48,9 +52,11 @@ def train(session: Session) -> None:
     if is_first_process():
         asked.keep_recipe()
     tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
+    doctor = Doctor(**session.section("doctor"), tell=partial(_tell, session.folder))
     callbacks = [interrupt, *_checkpoints(session, schedule)]
     if any(True for _ in quantizers(module.model)):
         callbacks.append(tracker)
+    callbacks.append(doctor)
     with trackers(session) as loggers:
         csv_logger = session.folder.logger(None if resume is None else _step(resume))
         trainer = session.trainer([csv_logger, *loggers], callbacks)
@@ -73,8 +79,18 @@ def train(session: Session) -> None:
                 "epochs": trainer.current_epoch,
                 "n_refused_train": len(data.refused["train"].faults),
                 **tracker.summary(),
+                "doctor": doctor.found,
             }
         finish(session.folder, loggers, items)
+
+
+def _tell(folder: RunFolder, diagnosis: Diagnosis) -> None:
+    """Print a diagnosis, and keep it in the run folder whatever becomes of the run."""
+    console.print(f"doctor: {diagnosis}", highlight=False, markup=False)
+    if is_first_process():
+        path = folder.path / "doctor.txt"
+        size = path.stat().st_size if path.exists() else 0
+        disk.append(path, size, f"{diagnosis}\n".encode())
 
 
 def _checked(session: Session) -> tuple[Trainer, VisionData]:

@@ -12,12 +12,14 @@ from qat.cli.packing import NAME, ROWS, check, evaluation_images, pack
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session, in_run_folder
 from qat.cli.training import train
+from qat.lightning.doctor import Doctor
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `fit`."""
     add_run_arguments(parser)
     add_training_arguments(parser)
+    parser.add_class_arguments(Doctor, "doctor", skip={"tell"}, instantiate=False)
     parser.add_argument(
         "--export",
         type=Literal["packed"] | None,

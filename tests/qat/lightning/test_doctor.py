@@ -1,0 +1,210 @@
+"""The doctor says the very fault that a test puts into a training, and nothing of a healthy one."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch.optim import AdamW
+
+from binaryvit import BinaryQuantizers
+from binaryvit.convert import react_
+from binaryvit.grs import GRS, DistancePull, constant
+from qat.lightning.callbacks import OscillationTracker
+from qat.lightning.doctor import Doctor
+from qat.lightning.modules import Distillation
+from tests import runs
+from tests.conftest import make_tiny_vit
+from tests.qat.common import plan
+from tests.qat.lightning.test_modules import fit
+
+
+class Fault(Callback):
+    """Does something to the module before each step."""
+
+    def __init__(self, harm: Callable[[Any], Any]) -> None:
+        self.harm = harm
+
+    @torch.no_grad()
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.harm(pl_module.model)
+
+
+def _lsq(lr: float = 1e-3, optimizer: Any = None) -> Distillation:
+    torch.manual_seed(0)
+    made = optimizer or partial(AdamW, lr=lr)
+    return Distillation(make_tiny_vit(), plan=plan(4).to_list(), optimizer=made)
+
+
+def _binary(lr: float, strength: float = 0.1) -> Distillation:
+    torch.manual_seed(0)
+    return Distillation(
+        make_tiny_vit(),
+        plan=str(runs.ROOT / "configs/plans/vit_binary.yaml"),
+        quantizer=BinaryQuantizers(),
+        convert=react_,
+        optimizer=partial(AdamW, lr=lr),
+        regularizer=GRS(DistancePull(), strength, constant),
+    )
+
+
+def _seen(module: Distillation, path: Path, *callbacks: Callback, **settings: Any) -> Doctor:
+    """The doctor of a training."""
+    doctor = Doctor(tell=lambda _: None)
+    short: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 1}
+    fit(module, path, *callbacks, OscillationTracker(), doctor, **short | settings)
+    return doctor
+
+
+def _only(doctor: Doctor) -> dict[str, str]:
+    (found,) = doctor.found
+    return found
+
+
+def test_negative_scale_is_found(tmp_path: Path) -> None:
+    def harm(model: Any) -> None:
+        model.blocks[0].attn.qkv.weight_quantizer.scale[0] = -0.1
+
+    found = _only(_seen(_lsq(), tmp_path, Fault(harm)))
+    assert found["fault"] == "scales"
+    assert found["layer"] == "blocks.0.attn.qkv.weight_quantizer"
+    assert found["evidence"].startswith("1 of ")
+
+
+def test_saturation_is_found(tmp_path: Path) -> None:
+    def harm(model: Any) -> None:
+        model.blocks[1].mlp.fc1.input_quantizer.scale.fill_(1e-2)
+
+    found = _only(_seen(_lsq(), tmp_path, Fault(harm)))
+    assert (found["fault"], found["layer"]) == ("saturation", "blocks.1.mlp.fc1.input_quantizer")
+
+
+def _break_weight(model: Any) -> None:
+    model.blocks[1].mlp.fc1.weight[0, 0] = torch.nan
+
+
+def _overflow(model: Any) -> None:
+    model.blocks[1].mlp.fc2.bias.fill_(3e38)
+
+
+@pytest.mark.parametrize(
+    ("harm", "layer", "evidence"),
+    [
+        (_break_weight, "blocks.1.mlp.fc1.weight_quantizer", "from what is not finite"),
+        (_overflow, "norm", "from inputs and weights that are finite"),
+    ],
+)
+def test_the_layer_in_which_nan_appears_first_is_named(
+    harm: Callable[[Any], None], layer: str, evidence: str, tmp_path: Path
+) -> None:
+    doctor = Doctor(tell=lambda _: None)
+    with pytest.raises(ValueError, match="the loss is nan at step 0"):
+        fit(_lsq(), tmp_path, Fault(harm), doctor, num_sanity_val_steps=0)
+    found = _only(doctor)
+    assert (found["fault"], found["layer"]) == ("not_finite", layer)
+    assert found["evidence"] == f"at step 0, {evidence}"
+
+
+def test_weight_decay_on_scales_is_found(tmp_path: Path) -> None:
+    def all_decay(groups: Iterable[Any]) -> AdamW:
+        return AdamW([p for group in groups for p in group["params"]], lr=1e-3, weight_decay=0.1)
+
+    assert _only(_seen(_lsq(optimizer=all_decay), tmp_path))["fault"] == "decay_of_scales"
+
+
+def test_average_that_hurts_is_found(tmp_path: Path) -> None:
+    average = EMAWeightAveraging(decay=0.5)
+
+    def harm(model: Any) -> None:
+        assert average._average_model is not None
+        average._average_model.module.model.head.bias[0] = 50.0
+
+    module = _lsq()
+    assert _only(_seen(module, tmp_path, average, Fault(harm)))["fault"] == "averaging"
+
+
+def test_plateau_of_one_bit_is_found(tmp_path: Path) -> None:
+    found = _only(_seen(_binary(lr=1e-9, strength=0.0), tmp_path, max_epochs=15))
+    assert found["fault"] == "plateau"
+
+
+def test_signs_frozen_by_grs_are_found(tmp_path: Path) -> None:
+    found = _only(_seen(_binary(lr=3e-3, strength=1e4), tmp_path, max_epochs=3))
+    assert found["fault"] == "frozen_signs"
+    assert found["suggestion"] == "--model.regularizer.init_args.strength 1e+03"
+
+
+@pytest.mark.parametrize("make", [_lsq, partial(_binary, lr=3e-3)])
+def test_healthy_training_is_silent(make: Callable[[], Distillation], tmp_path: Path) -> None:
+    average = EMAWeightAveraging(decay=0.5)
+    assert _seen(make(), tmp_path, average, max_epochs=3).found == []
+
+
+def test_doctor_does_not_change_training(tmp_path: Path) -> None:
+    watched, alone = _lsq(), _lsq()
+    _seen(watched, tmp_path, EMAWeightAveraging(decay=0.5), max_epochs=2)
+    short: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 1}
+    fit(alone, tmp_path, EMAWeightAveraging(decay=0.5), max_epochs=2, **short)
+    ours, theirs = watched.model.state_dict(), alone.model.state_dict()
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(ours[name], value), name
+
+
+def test_a_fault_is_said_once_in_a_run_that_is_resumed(tmp_path: Path) -> None:
+    def harm(model: Any) -> None:
+        model.blocks[0].attn.qkv.weight_quantizer.scale[0] = -0.1
+
+    first = _seen(_lsq(), tmp_path, Fault(harm))
+    said: list[Any] = []
+    resumed = Doctor(tell=said.append)
+    resumed.load_state_dict(first.state_dict())
+    fit(_lsq(), tmp_path, Fault(harm), resumed, limit_train_batches=1)
+    assert (said, len(resumed.found)) == ([], 1)
+
+
+def test_strict_ends_the_run_by_one_line_that_is_kept(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = "configs/qat/digits_w4a4_lsq.yaml", tmp_path / "run"
+    words = ("--config", config, "--model.teacher", teacher, "--run_dir", folder, *runs.SHORT)
+    broken = ("--model.optimizer.init_args.lr", "3.0")
+    assert runs.run("fit", *words, *broken, "--doctor.strict", "true") == 1
+    assert "the learning rate drives trained scales" in capsys.readouterr().err
+    line, *_ = (folder / "doctor.txt").read_text().splitlines()
+    assert line.startswith("the learning rate drives trained scales through zero: ")
+    assert not (folder / "metrics.json").exists()
+
+
+def test_metrics_hold_what_the_doctor_said(lsq_run: Path, binary_run: Path) -> None:
+    assert runs.metrics(lsq_run)["doctor"] == runs.metrics(binary_run)["doctor"] == []
+
+
+def test_every_suggestion_is_a_flag_of_fit(teacher: Path) -> None:
+    from qat.cli.main import make_parser
+    from qat.train import doctor
+
+    one = torch.ones(1)
+    found = [
+        doctor.signs_of_scales({"a": -one}, {"a": one}, 0.01),
+        doctor.saturation({"a": (8, 1.0)}),
+        doctor.not_finite(0, "a", True, "32-true"),
+        doctor.not_finite(0, "a", True, "bf16-mixed"),
+        doctor.decay_of_scales({"a": 0.1}),
+        doctor.averaging(1.0, 2.0),
+        doctor.plateau([1.0, 1.0, 1.0], 30, 0.01),
+        doctor.plateau([1.0, 2.0, 2.0], 30, 0.01),
+        doctor.frozen_signs([0.0], [1.0], 0.1),
+    ]
+    parser = make_parser("fit")
+    for diagnosis in found:
+        assert diagnosis is not None
+        words = diagnosis.suggestion.split()
+        config = parser.parse_args(["--config", str(runs.ROOT / "configs/default.yaml"), *words])
+        assert config is not None
