@@ -52,21 +52,22 @@ class Blocks:
         made = binary_block.Arguments(*outside, *layers, block.heads, *scales)
         return made, block.width, kept
 
-    def plain_block(self, x: Floats, block: Prepared) -> Floats:
-        """What a block gives for x (batch, tokens, width), in the memory of x."""
-        return self._in_place("plain_block", x, block)
+    def plain_block(self, x: Floats, block: Prepared, kept: int) -> Floats:
+        """The first `kept` tokens that a block gives for x (batch, tokens, width), in x."""
+        return self._in_place("plain_block", x, block, kept)
 
-    def binary_block(self, x: Floats, block: Prepared) -> Floats:
-        """What a block gives for x (batch, tokens, width), in the memory of x."""
-        return self._in_place("binary_block", x, block)
+    def binary_block(self, x: Floats, block: Prepared, kept: int) -> Floats:
+        """The first `kept` tokens that a block gives for x (batch, tokens, width), in x."""
+        return self._in_place("binary_block", x, block, kept)
 
-    def _in_place(self, operation: str, x: Floats, block: Prepared) -> Floats:
+    def _in_place(self, operation: str, x: Floats, block: Prepared, kept: int) -> Floats:
         arguments, width, _ = block
         batch, tokens, _ = x.shape
         x = np.require(x, requirements=("C", "W"))
         x = floats("x", x, batch, tokens, width)
-        self._run(operation, ctypes.addressof(arguments), batch, tokens, x)
-        return x
+        kept = min(kept, tokens)
+        self._run(operation, ctypes.addressof(arguments), batch, tokens, kept, x)
+        return x[:, :kept]
 
     def _bits(self, weight: Array, k: int) -> Array:
         return self._products.prepare_binary(weight, k).panels

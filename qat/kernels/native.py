@@ -30,8 +30,8 @@ _SIGNATURES = {
     "prepare_linear": "pnnp",
     "linear": "pppnnnp",
     "integer_linear": "ppppnnnp",
-    "plain_block": "pnnp",
-    "binary_block": "pnnp",
+    "plain_block": "pnnnp",
+    "binary_block": "pnnnp",
     "popcount_limit": "np",
 }
 """Arguments of each: an address, a length, a float."""

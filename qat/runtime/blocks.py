@@ -236,13 +236,13 @@ class Block:
         self.gains = [parts.optional(f"{name}.{gain}.gamma", dim) for gain in ("ls1", "ls2")]
         self.fused = fused(parts, network, name, dim)
 
-    def __call__(self, x: np.ndarray, see: See) -> np.ndarray:
-        """The tokens after the block, which may be in the memory of those before it."""
+    def __call__(self, x: np.ndarray, see: See, kept: int) -> np.ndarray:
+        """The first `kept` tokens after the block, which may be in the memory of those before."""
         if self.fused is not None and see is unseen:
-            return self.fused(x)
+            return self.fused(x, kept)
         first, second = self.gains
         x = x + _scaled(self.attn(self.norm1(x), see), first)
-        return x + _scaled(self.mlp(self.norm2(x), see), second)
+        return (x + _scaled(self.mlp(self.norm2(x), see), second))[:, :kept]
 
 
 def _scaled(x: np.ndarray, gain: np.ndarray | None) -> np.ndarray:

@@ -18,6 +18,8 @@ from qat.runtime.grids import Grid, Sign
 from qat.runtime.layers import Parts, Stored
 
 Values = Callable[[np.ndarray], np.ndarray]
+Whole = Callable[[np.ndarray, int], np.ndarray]
+"""From tokens to the first so many that the block gives."""
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 VECTORS = ("query", "key", "value")
 TAIL = ("norm.weight", "norm.bias", "act.before", "act.slope", "act.after")
@@ -26,7 +28,7 @@ OTHERS = ("attn.q_norm.weight", "attn.norm.weight", "mlp.norm.weight", "ls1.gamm
 """Tensors of what a fused block does without."""
 
 
-def fused(parts: Parts, network: Network, name: str, dim: int) -> Values | None:
+def fused(parts: Parts, network: Network, name: str, dim: int) -> Whole | None:
     """The block (batch, tokens, dim) as one operation; None where it is another kind of block.
 
     Args:
@@ -41,9 +43,9 @@ def fused(parts: Parts, network: Network, name: str, dim: int) -> Values | None:
     if _is_plain(parts, network, name, dim):
         with suppress(ValueError):  # a sign that changes too often is no pair of bounds
             plain = run["prepare_plain_block"](_plain_block(parts, network, name, dim))
-            return lambda x: run["plain_block"](x, plain)
+            return lambda x, kept: run["plain_block"](x, plain, kept)
     block = run["prepare_binary_block"](_binary_block(parts, network, name, dim))
-    return lambda x: run["binary_block"](x, block)
+    return lambda x, kept: run["binary_block"](x, block, kept)
 
 
 def _is_binary(parts: Parts, name: str) -> bool:

@@ -66,6 +66,7 @@ class Model:
         self.pooled_norm = norm_or_none(parts, "fc_norm", dim, network.eps)
         names = ("head", "head_dist") if network.pool == "tokens" else ("head",)
         self.heads = [Layer(parts, name, dim) for name in names]
+        self.num_pooled = None if network.pool == "avg" else len(names)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -98,8 +99,9 @@ class Model:
                 f"{', '.join(map(str, self.network.image))}), got {x.dtype} of {x.shape}"
             )
         tokens = self._tokens(x, see)
-        for block in self.blocks:
-            tokens = block(tokens, see)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, see, tokens.shape[1])
+        tokens = self.blocks[-1](tokens, see, self.num_pooled or tokens.shape[1])
         if self.norm is not None:
             tokens = self.norm(tokens)
         return self._head(tokens, see)

@@ -1,5 +1,5 @@
 // Whole blocks of a transformer, binary throughout. Both add to x (batch, tokens, width) what they compute, image by image, so that what lies
-// between stays in the cache.
+// between stays in the cache. Of the tokens only the first `kept` are wanted: what follows attention is not computed of others.
 #pragma once
 #include "kernels.h"
 
@@ -20,7 +20,7 @@ struct PlainBlock {
     float eps, logit_scale, map_scale;
 };
 
-KERNEL(plain_block)(const PlainBlock* p, long batch, long tokens, float* x) {
+KERNEL(plain_block)(const PlainBlock* p, long batch, long tokens, long kept, float* x) {
     const long width = p->heads * p->dim, wide = p->hidden > 3 * width ? p->hidden : 3 * width;
     uint64_t* narrow_bits = (uint64_t*)scratch(lowbit::NARROW_BITS, 8 * tokens * words_of(width));
     uint64_t* wide_bits = (uint64_t*)scratch(lowbit::WIDE_BITS, 8 * tokens * words_of(wide));
@@ -29,10 +29,10 @@ KERNEL(plain_block)(const PlainBlock* p, long batch, long tokens, float* x) {
         JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->qkv_weight, p->qkv_low, p->qkv_high, tokens, 3 * width, width, wide_bits);
         JOINED(LOWBIT_ISA, binary_attention_bits)
         (wide_bits, p->context_low, p->context_high, p->logit_scale, p->map_scale, 1, tokens, p->heads, p->dim, narrow_bits);
-        JOINED(LOWBIT_ISA, binary_linear)(narrow_bits, p->proj_weight, p->proj_scale, p->proj_bias, x, tokens, width, width, x);
-        JOINED(LOWBIT_ISA, norm_sign_pack)(x, p->norm2_weight, p->norm2_bias, p->eps, p->norm2_threshold, 1, tokens, width, 1, narrow_bits);
-        JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->fc1_weight, p->fc1_low, p->fc1_high, tokens, p->hidden, width, wide_bits);
-        JOINED(LOWBIT_ISA, binary_linear)(wide_bits, p->fc2_weight, p->fc2_scale, p->fc2_bias, x, tokens, width, p->hidden, x);
+        JOINED(LOWBIT_ISA, binary_linear)(narrow_bits, p->proj_weight, p->proj_scale, p->proj_bias, x, kept, width, width, x);
+        JOINED(LOWBIT_ISA, norm_sign_pack)(x, p->norm2_weight, p->norm2_bias, p->eps, p->norm2_threshold, 1, kept, width, 1, narrow_bits);
+        JOINED(LOWBIT_ISA, binary_linear_bits)(narrow_bits, p->fc1_weight, p->fc1_low, p->fc1_high, kept, p->hidden, width, wide_bits);
+        JOINED(LOWBIT_ISA, binary_linear)(wide_bits, p->fc2_weight, p->fc2_scale, p->fc2_bias, x, kept, width, p->hidden, x);
     }
 }
 
@@ -77,7 +77,8 @@ INLINE void carry_vectors(const BinaryBlock* p, const float* qkv, long tokens, l
     });
 }
 
-KERNEL(binary_block)(const BinaryBlock* p, long batch, long tokens, float* x) {
+KERNEL(binary_block)(const BinaryBlock* p, long batch, long tokens, long kept, float* x) {
+    if (p->proj.gain || p->fc1.gain || p->fc2.gain) kept = tokens;  // their thresholds follow all tokens
     const long width = p->proj.outputs, hidden = p->fc1.outputs;
     float* narrow = (float*)scratch(lowbit::NARROW_FLOATS, 4 * 2 * tokens * width);
     float *normed = narrow, *context = narrow + tokens * width;
@@ -90,11 +91,11 @@ KERNEL(binary_block)(const BinaryBlock* p, long batch, long tokens, float* x) {
         JOINED(LOWBIT_ISA, binary_attention)
         (wide, p->vector_gain ? moved : p->vector_threshold, p->logit_scale, p->map_scale, 1, tokens, p->heads, width / p->heads, 1, context);
         if (p->context_weight) carry_vectors(p, wide, tokens, width, context);
-        layer(p->proj, p->react_eps, context, tokens, x, normed, x);
-        JOINED(LOWBIT_ISA, layer_norm)(x, p->norm2_weight, p->norm2_bias, p->eps, tokens, width, normed);
-        layer(p->fc1, p->react_eps, normed, tokens, nullptr, wide, wide);
-        if (!p->fc1.norm_weight) JOINED(LOWBIT_ISA, gelu)(wide, tokens * hidden, wide);
-        layer(p->fc2, p->react_eps, wide, tokens, x, normed, x);
+        layer(p->proj, p->react_eps, context, kept, x, normed, x);
+        JOINED(LOWBIT_ISA, layer_norm)(x, p->norm2_weight, p->norm2_bias, p->eps, kept, width, normed);
+        layer(p->fc1, p->react_eps, normed, kept, nullptr, wide, wide);
+        if (!p->fc1.norm_weight) JOINED(LOWBIT_ISA, gelu)(wide, kept * hidden, wide);
+        layer(p->fc2, p->react_eps, wide, kept, x, normed, x);
     }
 }
 

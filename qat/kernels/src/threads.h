@@ -15,7 +15,7 @@ void parallel(long count, long grain, Function f) {
 }
 
 // What a thread uses memory for; a purpose has one block, which its next use takes over.
-enum Purpose { LEFT_BYTES, RIGHT_BYTES, QUERIES, KEYS, VALUES, TURNED, MAPS, COUNTS, ROW, NARROW_BITS, WIDE_BITS, MOVED, VECTORS, NARROW_FLOATS, WIDE_FLOATS, PURPOSES };
+enum Purpose { LEFT_BYTES, RIGHT_BYTES, SUMS, QUERIES, KEYS, VALUES, TURNED, MAPS, COUNTS, ROW, NARROW_BITS, WIDE_BITS, MOVED, VECTORS, NARROW_FLOATS, WIDE_FLOATS, PURPOSES };
 void* scratch(Purpose purpose, size_t bytes);
 
 }  // namespace lowbit
