@@ -13,6 +13,7 @@ processors without AMX; OpenVINO's float32 is told not to use bfloat16, its int8
 
 import argparse
 import ctypes
+import json
 import os
 import statistics
 import tempfile
@@ -51,18 +52,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["deit_small_patch16_224"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rows", type=Path, help="add a line of JSON for each engine to this file")
+    parser.add_argument("--skip_linears", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     _keep_memory()
     console = Console(width=150)
     console.print(f"torch {torch.__version__}, instruction set {kernels.instruction_set()}")
-    linears(console, arguments.rounds)
+    if not arguments.skip_linears:
+        linears(console, arguments.rounds)
     for name in arguments.models:
         for batch in arguments.batches:
             engines, absent = whole(name, batch)
-            table = report(f"{name}, batch {batch}", timed(engines, arguments.rounds))
-            console.print(table, *absent, sep="\n")
+            times = timed(engines, arguments.rounds)
+            console.print(report(f"{name}, batch {batch}", times), *absent, sep="\n")
+            if arguments.rows is not None:
+                keep(arguments.rows, name, batch, times)
 
 
 def linears(console: Console, rounds: int) -> None:
@@ -211,6 +217,28 @@ def report(title: str, times: dict[str, list[float]], unit: float = 1e3, name: s
         middle = statistics.median(seconds)
         table.add_row(engine, f"{unit * min(seconds):.1f}", f"{unit * middle:.1f}", spread)
     return table
+
+
+def keep(path: Path, model: str, batch: int, times: dict[str, list[float]]) -> None:
+    """Add a line for each engine to a file of results."""
+    common = {
+        "model": model,
+        "batch": batch,
+        "instruction_set": kernels.instruction_set(),
+        "torch": torch.__version__,
+    }
+    with path.open("a") as file:
+        for engine, seconds in times.items():
+            ratios = [a / b for a, b in zip(seconds, times[OURS], strict=True)]
+            row = {
+                "engine": engine,
+                "seconds_least": min(seconds),
+                "seconds_median": statistics.median(seconds),
+                "times_ours": statistics.median(ratios),
+                "times_ours_least": min(ratios),
+                "times_ours_most": max(ratios),
+            }
+            file.write(json.dumps(common | row) + "\n")
 
 
 def limit() -> float:
