@@ -43,6 +43,10 @@ CASES: dict[str, tuple[Callable[..., Any], type]] = {
     "plain": (qat.convert_, StaticShift),
     "react": (react_, DynamicShift),
 }
+MODELS = {
+    "plain": "binary ViT-Ti, `plain`, CIFAR-10",
+    "react": "binary ViT-Ti, `react`, dynamic thresholds, CIFAR-10",
+}
 
 
 def main() -> None:
@@ -55,7 +59,8 @@ def main() -> None:
         path = arguments.folder / f"{case}.ckpt"
         if not path.exists():
             qat.save(student(case), path)
-        row = {"case": case, **compared(qat.load(path), images("test"))}
+        row = {"model": MODELS[case], **compared(qat.load(path), images("test"))}
+        row["command"] = f"python benchmarks/parity.py {case}"
         print(row, flush=True)
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,9 +1,10 @@
-"""Writes docs/results.md and the table of README.md from the recorded runs of the ledger.
+"""Writes docs/results.md and the table of README.md from what `docs/results` records.
 
 python benchmarks/results.py
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,9 @@ from qat.cli import ledger
 from qat.cli.ledger import Question, Row
 
 PAGE, README = ledger.ROOT / "docs" / "results.md", ledger.ROOT / "README.md"
+SPEEDS, PARITIES = (
+    ledger.ROOT / "docs" / "results" / f"{name}.jsonl" for name in ("inference", "parity")
+)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 Run = dict[str, Any]
 HEAD = """# Results
@@ -20,11 +24,53 @@ Written by `python benchmarks/results.py` from the [recorded runs](results/ledge
 `train.py reproduce NAME` runs a row again and says whether its number holds. A value is the mean
 of the recorded runs; the band is how far the next may lie from it.
 """
+SPEED = """## How fast is a binary model?
+
+DeiT with binary blocks and random weights, as a packed file, beside float and int8 engines. All
+run in turns in one process, on one thread. Times are processor time, the median of the rounds.
+*Times ours* is the ratio to `ours`, the median of the rounds with the smallest and the largest.
+The [rows](results/inference.jsonl) are written by
+`python benchmarks/inference.py --models deit_small_patch16_224 deit_tiny_patch16_224 --rows FILE`.
+
+| model | images | engine | ms | times ours |
+|---|---:|---|---:|---:|
+"""
+PARITY = """## Does a packed file answer as the model it comes from?
+
+The simulated model and the packed file, on every evaluation image. A gap is the largest difference
+of the logits of an image. *On a threshold* counts gaps beyond rounding: for each of them a value
+lay within 1e-5 of the threshold between two codes, or the comparison fails.
+The [rows](results/parity.jsonl) hold more.
+
+| model | images | same class | median gap | worst gap | on a threshold | codes | command |
+|---|---:|---:|---:|---:|---:|---:|---|
+"""
 
 
 def page(questions: Iterable[Question], runs: list[Run]) -> str:
     """The page of all questions."""
-    return "\n".join([HEAD, *(_section(question, runs) for question in questions)])
+    parts = [_section(question, runs) for question in questions]
+    return "\n".join(
+        [HEAD, *parts, SPEED + _lines(_speed, SPEEDS), PARITY + _lines(_parity, PARITIES)]
+    )
+
+
+def _lines(line: Callable[[Run], str], path: Path) -> str:
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    return "".join(f"| {line(row)} |\n" for row in rows)
+
+
+def _speed(row: Run) -> str:
+    spread = f"{row['times_ours_least']:.1f} to {row['times_ours_most']:.1f}"
+    times = f"{row['times_ours']:.1f} ({spread})"
+    milliseconds = f"{1e3 * row['seconds_median']:.1f}"
+    return " | ".join([row["model"], str(row["batch"]), row["engine"], milliseconds, times])
+
+
+def _parity(row: Run) -> str:
+    gaps = f"{row['logit_gap_median']:.1e} | {row['logit_gap']:.1e}"
+    counts = f"{row['n_images']:,} | {row['agreement']:.4f} | {gaps} | {row['n_gaps']:,}"
+    return f"{row['model']} | {counts} | {row['n_codes']:,} | `{row['command']}`"
 
 
 def _section(question: Question, runs: list[Run]) -> str:
