@@ -112,6 +112,11 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint '{path}'; expected a file from fit or quantize")
+    if Path(path).suffix == ".onnx":
+        raise ValueError(
+            f"'{path}' is an ONNX file, which test and predict can run; for anything else name the "
+            "checkpoint that it was exported from"
+        )
     try:
         checkpoint = load_archive(path)
     except Foreign as error:

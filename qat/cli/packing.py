@@ -1,7 +1,7 @@
 """A model as a packed file in a run folder, its check, and what both say."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat import checkpoint as files
 from qat import runtime
+from qat.calibrate import Batch
 from qat.card import card_of
 from qat.cli.session import Session
 from qat.export.measure import float_bytes, seconds_of_image
@@ -24,7 +25,7 @@ ROWS = {
     "bytes, float (safetensors)": ("size_float_bytes", "{:,}"),
     "bytes, packed file": ("size_packed_bytes", "{:,}"),
     "seconds an image, float (torch)": ("seconds_per_image_float", "{:.5f}"),
-    "seconds an image, packed (without torch)": ("seconds_per_image", "{:.5f}"),
+    "seconds an image, exported (without torch)": ("seconds_per_image", "{:.5f}"),
     "images compared with the simulated model": ("n_images", "{:,}"),
     "of the same class": ("agreement", "{:.4f}"),
     "gap of logits, median": ("logit_gap_median", "{:.2g}"),
@@ -54,16 +55,16 @@ def pack(model: nn.Module, path: Path, *, half: bool = False) -> dict[str, Any]:
     }
 
 
-def check(model: nn.Module, path: Path, batches: Iterable[Tensor]) -> Verification:
+def check(model: nn.Module, path: Path, batches: Iterable[Batch]) -> Verification:
     """The packed file beside the model it came from."""
     return verify(model.cpu().eval(), runtime.load(path), batches)
 
 
-def evaluation_images(session: Session, model: nn.Module) -> Iterator[Tensor]:
-    """Batches of the recipe's evaluation images, preprocessed."""
+def evaluation_inputs(session: Session, model: nn.Module) -> Iterator[Batch]:
+    """Batches of what the recipe evaluates, preprocessed."""
     data = session.data()
     data.follow(model)
-    return (batch[0] for batch in data.val_dataloader() if len(batch[0]))
+    return session.task().inputs(data)
 
 
 def preparing(preprocessing: Preprocessing) -> Callable[[Image.Image], np.ndarray]:
@@ -76,8 +77,10 @@ def preparing(preprocessing: Preprocessing) -> Callable[[Image.Image], np.ndarra
     return Images.of_card(card, preprocessing.input_size).prepare
 
 
-def first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """The first images of batches; all of them for a count of 0."""
+def first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """The first images of batches, one by one; all batches for a count of 0."""
     if not count:
         return iter(batches)
-    return islice((image[None] for batch in batches for image in batch), count)
+    parts = ((batch,) if isinstance(batch, Tensor) else batch for batch in batches)
+    images = chain.from_iterable(zip(*(x.split(1) for x in part), strict=True) for part in parts)
+    return islice(images, count)

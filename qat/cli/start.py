@@ -1,10 +1,14 @@
 """The model that a command starts from: that of `--ckpt_path` or the recipe's, never of two."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from qat import checkpoint as files
 from qat.card import card_of
 from qat.cli.session import Session
+from qat.export.classifier import OnnxClassifier
+from qat.export.runtimes import is_onnx
 from qat.quantizers import Phase, quantizers
 
 
@@ -45,14 +49,23 @@ def is_quantized(path: str) -> bool:
     return files.read(path)[files.MANIFEST]["conversion"] is not None
 
 
-def loaded(session: Session) -> nn.Module:
+def model_in(path: str) -> nn.Module:
+    """The model in a checkpoint, a packed or an ONNX file."""
+    return OnnxClassifier(path) if is_onnx(path) else files.load(path)
+
+
+def loaded(session: Session, load: Callable[[str], nn.Module] = files.load) -> nn.Module:
     """The model of `--ckpt_path`, ready to answer.
+
+    Args:
+        session: The session.
+        load: Reads the file; a command that only asks for answers takes `model_in`.
 
     Raises:
         ValueError: If its quantizers have no state, or the recipe asks for another model.
     """
     path = session.config.ckpt_path
-    model = files.load(path)
+    model = load(path)
     require_calibrated(model, path)
     require_same_plan(session, model)
     require_same_model(session, model)

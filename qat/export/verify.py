@@ -1,15 +1,15 @@
-"""The packed model beside the simulated one: how far apart, and what the first difference is.
+"""An exported model beside the simulated one: how far apart, and what the first difference is.
 
 Both run on the same images. Where logits differ by more than rounding, the inputs of all grids are
 compared in the order in which they are computed. At the first grid where a value has another code
 in the two runs, the two values are compared: if they are as near as rounding leaves values of that
 size, a threshold lies between them, both sat on it. Anything else is a fault.
 
-Apart from that every grid is given the simulated model's values, and its codes are compared.
+Apart from that every grid is given the simulated model's values, and its codes are compared. Where
+a weight is a grid of the exported model, which takes nothing, its values are.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.quantizers import Quantizer, quantizers
+from qat.calibrate import Batch
+from qat.export.runtimes import OnnxGrid, OnnxModel
+from qat.export.watch import watched
+from qat.quantizers import Quantizer
 from qat.runtime import Model
 from qat.runtime.grids import Grid, Token
-from qat.spec import Operand
 
 NEAR = 1e-5
 """Values this near to a threshold may fall to either side; relative to values above 1."""
@@ -29,6 +31,10 @@ ROUNDING = 1e-4
 IMAGES_AT_ONCE = 8
 
 Inputs = dict[str, np.ndarray]
+
+
+Exported = Model | OnnxModel
+"""An exported model: it answers, has grids, and shows their inputs."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class Verification:
         differences: One for each image whose logits differ by more than rounding.
         num_codes: Codes that were compared with identical inputs.
         num_on_threshold: Codes among them that differ, their values on a threshold.
-        num_wrong: Codes among them that differ for no such reason.
+        wrong: By the name of the grid, how many differ for no such reason, in the order of their
+            computation.
     """
 
     gaps: list[float] = field(default_factory=list)
@@ -68,7 +75,12 @@ class Verification:
     differences: list[Difference] = field(default_factory=list)
     num_codes: int = 0
     num_on_threshold: int = 0
-    num_wrong: int = 0
+    wrong: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_wrong(self) -> int:
+        """Codes that differ for no good reason."""
+        return sum(self.wrong.values())
 
     @property
     def faults(self) -> list[Difference]:
@@ -95,7 +107,7 @@ class Verification:
         }
 
     def require_same(self) -> None:
-        """Refuse a packed model that differs from the simulated one.
+        """Refuse an exported model that differs from the simulated one.
 
         Raises:
             ValueError: Naming the first image and the first module that differ.
@@ -103,7 +115,8 @@ class Verification:
         if self.num_wrong:
             raise ValueError(
                 f"{self.num_wrong} of {self.num_codes} codes differ for identical inputs, away "
-                "from any threshold; the packed file is not to be used"
+                f"from any threshold, the first in '{next(iter(self.wrong))}'; the file is not to "
+                "be used"
             )
         if self.faults:
             first = self.faults[0]
@@ -114,86 +127,75 @@ class Verification:
             )
             raise ValueError(
                 f"the logits of {len(self.faults)} of {len(self.gaps)} images differ, of image "
-                f"{first.image} by {first.gap:.2g}; {where}; the packed file is not to be used"
+                f"{first.image} by {first.gap:.2g}; {where}; the file is not to be used"
             )
 
 
-def verify(simulated: nn.Module, packed: Model, batches: Iterable[Tensor]) -> Verification:
+def verify(simulated: nn.Module, exported: Exported, batches: Iterable[Batch]) -> Verification:
     """Compare both models on images.
 
     Args:
         simulated: The model in torch, on the processor.
-        packed: The model of the packed file.
-        batches: Preprocessed images (batch, channels, height, width).
+        exported: The model of the file.
+        batches: Preprocessed images (batch, channels, height, width), or all inputs of a model.
 
     Raises:
         ValueError: If there are no images.
     """
     found = Verification()
     for batch in batches:
-        for images in batch.split(IMAGES_AT_ONCE):
-            _compare(simulated, packed, images, found)
+        inputs = (batch,) if isinstance(batch, Tensor) else batch
+        for few in zip(*(each.split(IMAGES_AT_ONCE) for each in inputs), strict=True):
+            _compare(simulated, exported, few, found)
     if not found.gaps:
         raise ValueError("no images to verify with; name some with --images DIR")
     return found
 
 
 @torch.no_grad()
-def _compare(simulated: nn.Module, packed: Model, images: Tensor, found: Verification) -> None:
+def _compare(
+    simulated: nn.Module, exported: Exported, inputs: tuple[Tensor, ...], found: Verification
+) -> None:
     """Add a few images to what was found."""
-    theirs: Inputs = {}
-    with _watched(simulated, theirs):
-        expected = simulated(images).numpy()
+    with watched(simulated, lambda name, _: name in exported.grids) as seen:
+        expected = simulated(*inputs).flatten(1).numpy()
+    theirs: Inputs = {name: x.numpy() for name, x in seen.items()}
     ours: Inputs = {}
-    logits = packed(images.numpy(), lambda name, x: ours.__setitem__(name, x))
-    values = {name: _values(simulated, packed, name, x) for name, x in theirs.items()}
+    arrays = (each.numpy() for each in inputs)
+    answers = exported(*arrays, see=lambda name, x: ours.__setitem__(name, x))
+    logits = answers.reshape(expected.shape)
+    values = {name: _values(simulated, exported, name, x) for name, x in theirs.items()}
     for name, x in theirs.items():
-        _count_codes(packed.grids[name], x, values[name], found)
+        _count_codes(name, exported.grids[name], x, values[name], found)
     gaps = np.abs(logits - expected).max(1)
     for i, gap in enumerate(gaps):
-        if gap > ROUNDING * max(1, np.abs(expected[i]).max()):
+        if not gap <= ROUNDING * max(1, np.abs(expected[i]).max()):
+            image = len(found.gaps) + i
             found.differences.append(
-                _first_difference(len(found.gaps) + i, i, float(gap), packed, theirs, ours, values)
+                _first_difference(image, i, float(gap), exported, theirs, ours, values)
             )
     found.gaps += gaps.tolist()
     found.agreed += (logits.argmax(1) == expected.argmax(1)).tolist()
 
 
-@contextmanager
-def _watched(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Keep the inputs of the quantizers of activations, in the order of their computation."""
-
-    def keeper(name: str) -> Any:
-        return lambda module, args: inputs.__setitem__(name, args[0].numpy())
-
-    hooks = [
-        quantizer.register_forward_pre_hook(keeper(name))
-        for name, quantizer in quantizers(model)
-        if quantizer.operand is not Operand.WEIGHT
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _values(simulated: nn.Module, packed: Model, name: str, x: np.ndarray) -> np.ndarray:
+def _values(simulated: nn.Module, exported: Exported, name: str, x: np.ndarray) -> np.ndarray:
     """What the simulated model makes of the input of a grid, in a form to be compared."""
     quantizer: Any = simulated.get_submodule(name)
     assert isinstance(quantizer, Quantizer)
     inputs = torch.from_numpy(x)
-    if isinstance(packed.grids[name], Token):
+    if isinstance(exported.grids[name], Token):
         return quantizer.codes(inputs).values.numpy()
     return quantizer.fake_quantize(inputs).numpy()
 
 
-def _made(grid: Grid, x: np.ndarray) -> np.ndarray:
+def _made(grid: Grid | OnnxGrid, x: np.ndarray) -> np.ndarray:
     """The same of the packed model: values, or codes where the step follows the values."""
     return grid.codes(x) if isinstance(grid, Token) else grid.values(x)
 
 
-def _count_codes(grid: Grid, x: np.ndarray, expected: np.ndarray, found: Verification) -> None:
+def _count_codes(
+    name: str, grid: Grid | OnnxGrid, x: np.ndarray, expected: np.ndarray, found: Verification
+) -> None:
     """Compare the codes of identical inputs."""
     found.num_codes += x.size
     differ = _made(grid, x) != expected
@@ -202,21 +204,22 @@ def _count_codes(grid: Grid, x: np.ndarray, expected: np.ndarray, found: Verific
     near = _tolerance(x)
     crossed = _made(grid, x - near) != _made(grid, x + near)
     found.num_on_threshold += int((differ & crossed).sum())
-    found.num_wrong += int((differ & ~crossed).sum())
+    if wrong := int((differ & ~crossed).sum()):
+        found.wrong[name] = found.wrong.get(name, 0) + wrong
 
 
 def _first_difference(
     image: int,
     row: int,
     gap: float,
-    packed: Model,
+    exported: Exported,
     theirs: Inputs,
     ours: Inputs,
     values: Inputs,
 ) -> Difference:
     """The first grid that has other codes in the two runs of an image."""
     for name in (name for name in theirs if name in ours):
-        made = _made(packed.grids[name], ours[name][row : row + 1])
+        made = _made(exported.grids[name], ours[name][row : row + 1])
         differ = made != values[name][row : row + 1]
         if differ.any():
             one, other = theirs[name][row : row + 1][differ], ours[name][row : row + 1][differ]

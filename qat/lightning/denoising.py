@@ -1,6 +1,6 @@
 """Diffusion models as a task: trained to predict noise, judged by errors and by samples."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -145,6 +145,12 @@ class Denoising(Task):
         generator = torch.Generator().manual_seed(data.seed)
         labels = data.calibration_labels()
         return [noisy_copies(images, labels, self.schedule, self.calibration_times, generator)]
+
+    def inputs(self, data: VisionData) -> Iterator[Batch]:
+        """Noisy images, a copy of each, at time steps spread evenly."""
+        images, labels = data.evaluation_images(None)
+        generator = torch.Generator().manual_seed(EVALUATION_SEED + data.seed)
+        yield noisy_copies(images, labels, self.schedule, 1, generator)
 
     def evaluate(
         self, model: nn.Module, data: VisionData, trainer: Trainer, folder: Path

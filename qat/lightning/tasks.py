@@ -5,7 +5,7 @@ batches, for measures, and for the columns of their tables.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -65,6 +65,10 @@ class Task(ABC):
         """What quantizers are calibrated on."""
 
     @abstractmethod
+    def inputs(self, data: VisionData) -> Iterator[Batch]:
+        """What a model is given, of the evaluation images."""
+
+    @abstractmethod
     def evaluate(
         self, model: nn.Module, data: VisionData, trainer: Trainer, folder: Path
     ) -> dict[str, Any]:
@@ -114,6 +118,10 @@ class Classification(Task):
     def calibration_batches(self, data: VisionData) -> list[Batch]:
         """Preprocessed images."""
         return list(data.calibration_batches())
+
+    def inputs(self, data: VisionData) -> Iterator[Batch]:
+        """Preprocessed images."""
+        return (batch[0] for batch in data.val_dataloader() if len(batch[0]))
 
     def evaluate(
         self, model: nn.Module, data: VisionData, trainer: Trainer, folder: Path

@@ -8,7 +8,7 @@ from rich.table import Table
 from qat import checkpoint as files
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import console, show
-from qat.cli.packing import NAME, ROWS, check, evaluation_images, pack
+from qat.cli.packing import NAME, ROWS, check, evaluation_inputs, pack
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session, in_run_folder
 from qat.cli.training import train
@@ -48,7 +48,7 @@ def export(session: Session) -> None:
     folder = session.folder
     model, path = files.load(folder.last), folder.path / NAME
     saved = pack(model, path)
-    found = check(model, path, evaluation_images(session, model))
+    found = check(model, path, evaluation_inputs(session, model))
     compared = {f"{key}_packed": value for key, value in found.items().items()}
     folder.write_metrics({**folder.read_metrics(), **saved, **compared})
     show({**saved, **found.items()}, ROWS, "Packed file")

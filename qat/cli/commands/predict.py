@@ -1,4 +1,4 @@
-"""`predict`: classes and confidences of images without labels, by a checkpoint or a packed file."""
+"""`predict`: classes and confidences of images without labels, by a checkpoint or exported file."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from pytorch_lightning.cli import LightningArgumentParser
 
-from qat import checkpoint as files
 from qat import disk, runtime
 from qat.card import card_of, expected_by
 from qat.cli.arguments import add_run_arguments, add_training_arguments
@@ -16,7 +15,7 @@ from qat.cli.console import console
 from qat.cli.packing import preparing
 from qat.cli.predictions import predicted, refused
 from qat.cli.session import Session
-from qat.cli.start import require_calibrated
+from qat.cli.start import model_in, require_calibrated
 from qat.data.sources import Source
 from qat.models import num_classes_of
 from qat.packed import is_packed
@@ -42,7 +41,9 @@ def run(session: Session) -> None:
     """
     config, folder = session.config, session.folder
     if config.ckpt_path is None:
-        raise ValueError("nothing to predict with: name a checkpoint or packed file, --ckpt_path F")
+        raise ValueError(
+            "nothing to predict with: name a checkpoint, packed or ONNX file, --ckpt_path F"
+        )
     session.require_new()
     session.prepare()
     source = session.data().val
@@ -64,7 +65,7 @@ def answering(path: str) -> tuple[Logits, Sequence[str], Prepare]:
     if is_packed(path):
         packed = runtime.load(path)
         return packed, packed.class_names, packed.images.prepare
-    model = files.load(path)
+    model = model_in(path)
     require_calibrated(model, path)
     names = card_of(model).class_names or range(num_classes_of(model))
 

@@ -1,4 +1,4 @@
-"""`test`: evaluate a checkpoint, or a float model."""
+"""`test`: evaluate a checkpoint, an exported file, or a float model."""
 
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
@@ -7,7 +7,7 @@ from qat.cli.arguments import add_patchwise_argument, add_run_arguments, add_tra
 from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import evaluate, patchwise_as_asked
 from qat.cli.session import Session, in_run_folder
-from qat.cli.start import loaded
+from qat.cli.start import loaded, model_in
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge
 
@@ -56,4 +56,4 @@ def load_model(session: Session) -> nn.Module:
         if settings.model is None and settings.teacher is None:
             raise ValueError("nothing to test: set --ckpt_path or model.model")
         return session.module().model
-    return loaded(session)
+    return loaded(session, model_in)

@@ -1,0 +1,121 @@
+"""A model as an ONNX file, with standard operators only.
+
+Quantizers become QuantizeLinear and DequantizeLinear where their grid has equal steps, and plain
+arithmetic elsewhere (`qat.export.stand_ins`). The batch is of any size. The file says beside its
+graph what images go in, what the classes are called, and where each grid is.
+"""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat import checkpoint as files
+from qat import disk
+from qat.card import card_of, expected_by
+from qat.cost.count import cost
+from qat.cost.coverage import cost_items, coverage_rows
+from qat.export.operators import OPSET
+from qat.export.pack import CARD
+from qat.export.stand_ins import stand_in
+from qat.export.watch import watched
+from qat.extras import needs
+from qat.models import example_inputs
+from qat.quantizers import Phase, quantizers
+from qat.spec import Operand
+
+FORMAT = "lowbit-onnx/1"
+
+
+def export_onnx(model: nn.Module, path: str | Path) -> None:
+    """Write a model, which is calibrated if it is converted, as an ONNX file.
+
+    Args:
+        model: The model.
+        path: The file.
+
+    Raises:
+        ValueError: If the model is not calibrated, computes in less than 32 bits, or does something
+            that torch cannot export, or if packages are missing.
+    """
+    for name, quantizer in quantizers(model):
+        if quantizer.phase is not Phase.QUANTIZE:
+            raise ValueError(f"'{name}' is not calibrated; quantize or train the model first")
+    if (dtype := card_of(model).dtype) is not torch.float32:
+        raise ValueError(
+            f"the model is in {dtype}, ONNX files are written in float32; convert it with "
+            ".float() first"
+        )
+    with needs("export", "write ONNX files"):
+        from qat.export.graph import ordered_
+    inputs = tuple(torch.cat([x, x]) for x in example_inputs(model))
+    program = _program(_with_stand_ins(model, inputs), inputs)
+    ends = ordered_(program.model)
+    counted = cost(model)
+    costs = cost_items(counted) | {"coverage": coverage_rows(counted)}
+    texts = {"format": FORMAT, "card": _card(model), "grids": ends, "costs": costs}
+    for key, value in texts.items():
+        program.model.metadata_props[f"lowbit.{key}"] = json.dumps(value)
+    _write(program, path)
+
+
+def _card(model: nn.Module) -> dict[str, Any]:
+    """What the file says of the model; of one that no recipe builds, its images and classes."""
+    card = card_of(model)
+    if card.recipe is not None:
+        return {key: value for key, value in files.manifest(model, {}).items() if key in CARD}
+    return {"preprocessing": expected_by(model).to_dict(), "class_names": card.class_names}
+
+
+def _with_stand_ins(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """A copy of the model in whose quantizers' places are what is exported."""
+    made = copy.deepcopy(model).eval()
+    with torch.no_grad(), watched(made, lambda _, q: q.operand is Operand.WEIGHT) as weights:
+        made(*inputs)
+    with torch.no_grad():
+        for name, quantizer in list(quantizers(made)):
+            if quantizer.operand is not Operand.WEIGHT or name in weights:
+                made.set_submodule(name, stand_in(name, quantizer, weights.get(name)))
+    return made
+
+
+def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What torch exports.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    batch = torch.export.Dim("batch")
+    names = ["images", *(f"input_{i}" for i in range(1, len(inputs)))]
+    try:
+        with torch.no_grad(), needs("export", "write ONNX files"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                model,
+                inputs,
+                input_names=names,
+                output_names=["logits"],
+                opset_version=OPSET,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        line = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise ValueError(
+            f"torch cannot export this model to ONNX ({type(cause).__name__}: {line:.200})"
+        ) from None
+
+
+def _write(program: Any, path: str | Path) -> None:
+    """Check and write, atomically."""
+    with needs("export", "write ONNX files"):
+        import onnx
+    made = program.model_proto
+    onnx.checker.check_model(made, full_check=True)
+    disk.write(path, made.SerializeToString())
