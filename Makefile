@@ -1,4 +1,4 @@
-.PHONY: setup kernels sanitize check format lint types contracts test slow walk
+.PHONY: setup kernels sanitize check format lint types contracts test slow walk docs
 
 PYTHON ?= python
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -34,5 +34,8 @@ test:
 slow:  ## minutes; before a release
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
 
-walk:  ## every command of README and quickstart, as printed; minutes
+walk:  ## every command of README, quickstart and guides, as printed; minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m walk -x
+
+docs:  ## the documentation site, into build/site; needs the extra `docs`
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict

@@ -34,13 +34,6 @@ def test_readme_is_short_and_its_sentences_are() -> None:
         assert len(sentence.split()) <= 25, sentence
 
 
-def test_links_of_the_pages_lead_somewhere() -> None:
-    pages = [runs.ROOT / "README.md", *(runs.ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
 def test_python_of_readme_and_quickstart_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ A recipe may start from others, and states only what differs:
 
     base: [../imagenet_vit_tiny.yaml, repq.yaml]
 
+A base is a file beside the recipe, or the name of a recipe that comes with the package.
 Mappings merge key by key, later files win, and a mapping with another `class_path` replaces the
 one before. `${oc.env:NAME}` is an environment variable, `${key.of.the.recipe}` another value.
 A recipe may hold settings of several commands, such as `search`; each command reads its own.
@@ -139,7 +140,7 @@ def _with_bases(recipe: dict[str, Any], path: Path, above: tuple[Path, ...]) -> 
         raise ValueError(f"recipe '{path}': base must be a file or a list of files, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, compose(Path(base), above))
+        merged = _merge(merged, compose(find(base), above))
     return _merge(merged, recipe)
 
 

@@ -30,6 +30,12 @@ def test_base_merges_key_by_key_and_the_recipe_wins(tmp_path: Path) -> None:
     assert load_recipe(recipe) == expected
 
 
+def test_base_may_be_the_name_of_a_recipe_that_comes_with_the_package(tmp_path: Path) -> None:
+    recipe = _write(tmp_path / "r.yaml", "base: ptq/digits\nmodel: {plan: w8a8}")
+    shipped = load_recipe("ptq/digits")
+    assert load_recipe(recipe) == shipped | {"model": shipped["model"] | {"plan": "w8a8"}}
+
+
 def test_later_base_wins_over_an_earlier_one(tmp_path: Path) -> None:
     _write(tmp_path / "one.yaml", "a: 1\nb: 1\nc: 1")
     _write(tmp_path / "two.yaml", "b: 2\nc: 2")

@@ -1,0 +1,73 @@
+"""The documentation: every page is found, every link leads somewhere, every method has a page."""
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ptq_init
+from qat import quantizers, tta
+from tests import runs
+
+DOCS = runs.ROOT / "docs"
+BROUGHT = {"index.md", "changes.md", "contributing.md", "security.md", "commands.md"}
+"""Pages that `docs/hooks.py` brings from elsewhere or makes."""
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
+
+
+def _named(nav: Any) -> Iterator[str]:
+    """The pages that a part of the navigation names, patterns spelled out."""
+    if isinstance(nav, str):
+        yield from (str(p.relative_to(DOCS)) for p in DOCS.glob(nav)) if "*" in nav else (nav,)
+    else:
+        for inner in nav.values() if isinstance(nav, dict) else nav:
+            yield from _named(inner)
+
+
+def test_navigation_names_every_page_once() -> None:
+    config = yaml.safe_load((runs.ROOT / "mkdocs.yml").read_text())
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert sorted(_named(config["nav"])) == sorted(pages | BROUGHT)
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in (*runs.ROOT.glob("*.md"), *DOCS.rglob("*.md")):
+        for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_guides_are_short() -> None:
+    for page in GUIDES:
+        assert len(page.read_text().split()) <= 500, page.name
+
+
+def test_every_quantizer_initialiser_and_method_of_adaptation_has_a_page() -> None:
+    pages = "\n".join(path.read_text() for path in (DOCS / "methods").glob("*.md"))
+    named = [
+        name
+        for package, kind in ((quantizers, quantizers.Quantizer), (tta, tta.Method))
+        for name in package.__all__
+        if inspect.isclass(found := getattr(package, name))
+        and issubclass(found, kind)
+        and not inspect.isabstract(found)
+    ]
+    files = [path.stem for path in Path(str(ptq_init.__file__)).parent.glob("[!_]*.py")]
+    assert len(named) > 15 and len(files) > 5
+    for name in (*named, *(f"ptq_init.{file}" for file in files)):
+        assert re.search(rf"\b{re.escape(name)}\b", pages), name
+
+
+@pytest.mark.slow
+def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    commands = (tmp_path / "commands.html").read_text()
+    assert all(flag in commands for flag in ("--run_dir", "--stream.protocol", "--search.metric"))
