@@ -46,7 +46,7 @@ class Doctor(Callback):
         self.rates: list[float] = []
         self._starts: dict[str, Tensor] = {}
         self._batch: Any = None
-        self._total, self._steps = torch.zeros(()), 0
+        self._total, self._steps, self._rate = torch.zeros(()), 0, 0.0
         self._clipped: dict[str, tuple[int, float]] = {}
         self._looking = ExitStack()
 
@@ -67,8 +67,9 @@ class Doctor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batch, in case its loss is not finite."""
+        """Keep the batch, in case its loss is not finite; note the learning rate."""
         self._batch = batch
+        self._rate += trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -98,9 +99,9 @@ class Doctor(Callback):
         """Look at scales, at losses and flips so far, and at an average of weights."""
         self._look_at_scales(trainer, pl_module)
         self.losses.append(float(self._total) / max(1, self._steps))
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.rates.append(self._rate / max(1, self._steps))
         self._total.zero_()
-        self._steps = 0
+        self._steps, self._rate = 0, 0.0
         if any(quantizer.spec.bits == 1 for _, quantizer in quantizers(model_of(pl_module))):
             self._report(trainer, doctor.plateau(self.losses, trainer.global_step, _lr(trainer)))
             strength = getattr(getattr(pl_module, "regularizer", None), "strength", 0.0)

@@ -191,11 +191,11 @@ def frozen_signs(
 
     Args:
         flip_rates: Share of the signs that flip in a step, by epoch.
-        rates: Learning rate in each of these epochs, to which flips are in proportion.
+        rates: Mean learning rate of each of these epochs, to which flips are in proportion.
         strength: Of the regularizer; 0 for none.
     """
     epochs = list(zip(flip_rates, rates, strict=False))
-    judged = [(flips, rate) for flips, rate in epochs if rate >= 0.1 * rates[0]]
+    judged = [(flips, rate) for flips, rate in epochs if 0 < 0.1 * rates[0] <= rate]
     if not judged or not strength:
         return None
     (first, first_rate), (last, rate) = judged[0], judged[-1]

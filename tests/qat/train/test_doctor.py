@@ -83,6 +83,7 @@ def test_a_plateau_needs_three_epochs_without_a_fall(
         ([1e-3, 0.0], [1.0, 0.05], False),  # at the end of the schedule they always stop
         ([1e-7], [1.0], True),
         ([], [], False),
+        ([1e-7], [0.0], False),
     ],
 )
 def test_signs_are_frozen_where_flips_fall_faster_than_the_learning_rate(
