@@ -7,9 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from qat.cli.commands.adapt import StreamSettings
 from qat.cli.trackers import require_package
 from qat.data import sources
 from qat.data.corruptions import Domain, corrupt, require
+from qat.data.protocols import Arrival, Continual
 from tests.runs import ROOT
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -42,6 +44,15 @@ def test_missing_package_is_named_with_the_job_that_needs_it_and_its_extra(
     with pytest.raises(ValueError, match=rf"cannot .*: {module} is not installed; .*\[{extra}\]'"):
         job()
     assert extra in EXTRAS
+
+
+def test_stream_of_corruptions_is_refused_before_a_model_is_trained_for_it(
+    hidden: Callable[[str], None],
+) -> None:
+    hidden("cv2")
+    assert StreamSettings(Arrival())
+    with pytest.raises(ValueError, match="cv2 is not installed"):
+        StreamSettings(Continual())
 
 
 def test_photos_as_they_are_need_no_extra(hidden: Callable[[str], None]) -> None:

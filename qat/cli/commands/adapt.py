@@ -30,6 +30,7 @@ from qat.cli.start import is_quantized, loaded, started
 from qat.cli.trackers import finish, report, trackers
 from qat.cli.training import with_teacher
 from qat.component import describe
+from qat.data import corruptions
 from qat.data.corrupted import CorruptedImages, Generated
 from qat.data.protocols import Arrival, StreamProtocol
 from qat.data.streams import Stream
@@ -81,6 +82,11 @@ class StreamSettings:
     num_images: int | None = None
     num_workers: int = 0
     save_every: int = 20
+
+    def __post_init__(self) -> None:
+        """Refuse corruptions that nothing can draw, before a model is trained."""
+        if self.images is None and not isinstance(self.protocol, Arrival):
+            corruptions.implementations()
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:

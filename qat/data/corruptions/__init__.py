@@ -55,11 +55,15 @@ def require(domain: Domain) -> None:
         raise ValueError(f"there is no corruption '{domain.name}'; there are {known}, and clean")
     if not 1 <= domain.severity <= 5:
         raise ValueError(f"severity of {domain.name} must be 1 to 5, got {domain.severity}")
-    _functions()
+    implementations()
 
 
-def _functions() -> dict[str, Callable[..., np.ndarray]]:
-    """The function of each corruption."""
+def implementations() -> dict[str, Callable[..., np.ndarray]]:
+    """The function of each corruption.
+
+    Raises:
+        ValueError: If OpenCV, which they need, is missing.
+    """
     with needs("corruptions", "corrupt images"):
         from qat.data.corruptions.functions import FUNCTIONS
     return FUNCTIONS
@@ -89,6 +93,6 @@ def corrupt(
     words = (*key, zlib.crc32(domain.name.encode()), domain.severity)
     generator = np.random.default_rng(words)
     parameters = PARAMETERS[style][domain.name][domain.severity - 1]
-    result = _functions()[domain.name](image, *parameters, generator)
+    result = implementations()[domain.name](image, *parameters, generator)
     result = np.clip(result, 0, 255).astype(np.uint8)
     return jpeg_round_trip(result, 85) if save and style == "imagenet" else result
