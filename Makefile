@@ -11,7 +11,8 @@ kernels:  ## builds the native kernels in place; `setup` has done it once
 
 sanitize:  ## kernel tests under AddressSanitizer and UBSan, by GCC; leaves a plain build
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PYTHON) setup.py -q build_ext --inplace --force
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 $(PYTHON) -m pytest -q -n 0 tests/qat/kernels
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(PYTHON) -m pytest -q -n 0 tests/qat/kernels tests/qat/runtime/test_fused.py
 	$(PYTHON) setup.py -q build_ext --inplace --force
 
 check: format lint types contracts test

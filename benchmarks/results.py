@@ -39,7 +39,9 @@ PARITY = """## Does a packed file answer as the model it comes from?
 
 The simulated model and the packed file, on every evaluation image. A gap is the largest difference
 of the logits of an image. *On a threshold* counts gaps beyond rounding: for each of them a value
-lay within 1e-5 of the threshold between two codes, or the comparison fails.
+lay within 1e-5 of the threshold between two codes, or the comparison fails. Given the same values,
+no code differs. What follows a flip depends on the model: the simulated ViT-Ti moves as much when
+its input changes by 3e-7 of its size, by a median of 4.0 on W4A4 and 0.9 on W8A8 (16 photos).
 The [rows](results/parity.jsonl) hold more.
 
 | model | images | same class | median gap | worst gap | on a threshold | codes | command |
