@@ -27,7 +27,7 @@ of the recorded runs; the band is how far the next may lie from it.
 SPEED = """## How fast is a binary model?
 
 DeiT with binary blocks and random weights, as a packed file, beside float and int8 engines. All
-run in turns in one process, on one thread. Times are processor time, the median of the rounds.
+run in turns in one process, on one thread of an Intel Xeon with AMX. Times are processor time, the median of the rounds.
 *Times ours* is the ratio to `ours`, the median of the rounds with the smallest and the largest.
 The [rows](results/inference.jsonl) are written by
 `python benchmarks/inference.py --models deit_small_patch16_224 deit_tiny_patch16_224 --rows FILE`.
@@ -39,13 +39,14 @@ PARITY = """## Does a packed file answer as the model it comes from?
 
 The simulated model and the packed file, on every evaluation image. A gap is the largest difference
 of the logits of an image. *On a threshold* counts gaps beyond rounding: for each of them a value
-lay within 1e-5 of the threshold between two codes, or the comparison fails. Given the same values,
-no code differs. What follows a flip depends on the model: the simulated ViT-Ti moves as much when
-its input changes by 3e-7 of its size, by a median of 4.0 on W4A4 and 0.9 on W8A8 (16 photos).
+lay within 1e-5 of the threshold between two codes, or the comparison fails. *Codes* are compared
+given the same values. How far logits move after a flip depends on the model: the simulated ViT-Ti
+itself moves by a median of 4.0 (W4A4) and 0.9 (W8A8) when its images change by 3e-7 of their size
+(`python benchmarks/rounding.py FILE`).
 The [rows](results/parity.jsonl) hold more.
 
-| model | images | same class | median gap | worst gap | on a threshold | codes | command |
-|---|---:|---:|---:|---:|---:|---:|---|
+| model | images | same class | median gap | worst gap | on a threshold | codes | other codes | command |
+|---|---:|---:|---:|---:|---:|---:|---:|---|
 """
 
 
@@ -72,7 +73,8 @@ def _speed(row: Run) -> str:
 def _parity(row: Run) -> str:
     gaps = f"{row['logit_gap_median']:.1e} | {row['logit_gap']:.1e}"
     counts = f"{row['n_images']:,} | {row['agreement']:.4f} | {gaps} | {row['n_gaps']:,}"
-    return f"{row['model']} | {counts} | {row['n_codes']:,} | `{row['command']}`"
+    codes = f"{row['n_codes']:,} | {row['n_codes_wrong'] + row['n_codes_on_threshold']:,}"
+    return f"{row['model']} | {counts} | {codes} | `{row['command']}`"
 
 
 def _section(question: Question, runs: list[Run]) -> str:
