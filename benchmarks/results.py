@@ -27,7 +27,8 @@ of the recorded runs; the band is how far the next may lie from it.
 SPEED = """## How fast is a binary model?
 
 DeiT with binary blocks and random weights, as a packed file, beside float and int8 engines. All
-run in turns in one process, on one thread of an Intel Xeon with AMX. Times are processor time, the median of the rounds.
+run in turns in one process, on one thread of an Intel Xeon with AMX. Times are processor time, the
+median of the rounds.
 *Times ours* is the ratio to `ours`, the median of the rounds with the smallest and the largest.
 The [rows](results/inference.jsonl) are written by
 `python benchmarks/inference.py --models deit_small_patch16_224 deit_tiny_patch16_224 --rows FILE`.
@@ -38,14 +39,14 @@ The [rows](results/inference.jsonl) are written by
 PARITY = """## Does a packed file answer as the model it comes from?
 
 The simulated model and the packed file, on every evaluation image. A gap is the largest difference
-of the logits of an image. *On a threshold* counts gaps beyond rounding: for each of them a value
+of the logits of an image. *On threshold* counts gaps beyond rounding: for each of them a value
 lay within 1e-5 of the threshold between two codes, or the comparison fails. *Codes* are compared
 given the same values. How far logits move after a flip depends on the model: the simulated ViT-Ti
-itself moves by a median of 4.0 (W4A4) and 0.9 (W8A8) when its images change by 3e-7 of their size
+itself moves by a median of 4.3 (W4A4) and 0.8 (W8A8) when its images change by 3e-7 of their size
 (`python benchmarks/rounding.py FILE`).
 The [rows](results/parity.jsonl) hold more.
 
-| model | images | same class | median gap | worst gap | on a threshold | codes | other codes | command |
+| model | images | same class | median gap | worst gap | on threshold | codes | others | command |
 |---|---:|---:|---:|---:|---:|---:|---:|---|
 """
 
