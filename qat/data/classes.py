@@ -55,8 +55,8 @@ def require_number(found: int, wanted: int, names: ClassNames | None) -> None:
     if found != wanted:
         named = f" ({listed(names)})" if names else ""
         raise ValueError(
-            f"the model has {wanted} classes, the data has {found}{named}; set "
-            f"model.model.num_classes to {found}, or correct the data"
+            f"the model has {wanted} classes, the data has {found}{named}; a model that is trained "
+            f"already needs data of its own classes, one to be trained model.model.num_classes {found}"
         )
 
 
