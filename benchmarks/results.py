@@ -46,7 +46,7 @@ itself moves by a median of 4.3 (W4A4) and 0.8 (W8A8) when its images change by 
 (`python benchmarks/rounding.py FILE`).
 The [rows](results/parity.jsonl) hold more.
 
-| model | images | same class | median gap | worst gap | on threshold | faults | codes | others | command |
+| model | images | agree | median gap | worst | on threshold | faults | codes | others | command |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---|
 """
 
