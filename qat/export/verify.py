@@ -201,11 +201,15 @@ def _count_codes(
     differ = _made(grid, x) != expected
     if not differ.any():
         return
-    near = _tolerance(x)
-    crossed = _made(grid, x - near) != _made(grid, x + near)
+    crossed = _crossed(grid, x, _tolerance(x))
     found.num_on_threshold += int((differ & crossed).sum())
     if wrong := int((differ & ~crossed).sum()):
         found.wrong[name] = found.wrong.get(name, 0) + wrong
+
+
+def _crossed(grid: Grid | OnnxGrid, x: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Where a threshold lies within a distance of the values."""
+    return _made(grid, x - near) != _made(grid, x + near)
 
 
 def _first_difference(
@@ -217,14 +221,25 @@ def _first_difference(
     ours: Inputs,
     values: Inputs,
 ) -> Difference:
-    """The first grid that has other codes in the two runs of an image."""
-    for name in (name for name in theirs if name in ours):
+    """The first grid that has other codes in the two runs of an image.
+
+    The native operation of a binary attention does not show its map. Where a value of the map sat
+    on its threshold and no threshold explains what differs behind it, the map is that grid.
+    """
+    unseen = None
+    for name, x in theirs.items():
+        if name not in ours:
+            crossed = _crossed(exported.grids[name], x[row], NEAR * np.abs(x[row]))
+            unseen = unseen or (name if crossed.any() else None)
+            continue
         made = _made(exported.grids[name], ours[name][row : row + 1])
         differ = made != values[name][row : row + 1]
         if differ.any():
             one, other = theirs[name][row : row + 1][differ], ours[name][row : row + 1][differ]
             apart = float(np.abs(one - other).max())
             rounding = NEAR * max(1.0, float(np.abs(theirs[name][row]).max()))
+            if apart > rounding and unseen is not None:
+                return Difference(image, gap, unseen, 0.0, True)
             return Difference(image, gap, name, apart, apart <= rounding)
     return Difference(image, gap, None, 0.0, False)
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from binaryvit import BinaryQuantizers
 from binaryvit.asm import DynamicShift
 from binaryvit.convert import react_
+from qat import runtime
 from qat.export.verify import verify
 from qat.quantizers import LSQ, DynamicToken, PerOperand
-from qat.runtime import Model
+from qat.runtime import REFERENCE, Model
 from qat.runtime.grids import Sign, Uniform
 from tests.qat.common import plan
 from tests.qat.export.common import packed, student
@@ -104,3 +105,30 @@ def test_a_sign_of_a_value_on_its_threshold_counts_as_such(images: Tensor, tmp_p
     assert found.num_wrong == 0 < found.num_on_threshold
     assert {one.grid for one in found.differences} == {name}
     found.require_same()
+
+
+@pytest.mark.parametrize(("off", "factor", "faults"), [(1, 1 - 1e-6, 0), (1.1, 0.7, 1)])
+def test_a_flip_in_a_map_that_no_operation_shows_is_found_by_its_threshold(
+    off: float, factor: float, faults: int, images: Tensor, tmp_path: Path
+) -> None:
+    """An attention lies on half of the map's scale, or off it; the runtime has another scale."""
+    model: Any = student(plan(1), BinaryQuantizers(), images, react_)
+    image, seen = images[:1], []
+    quantizer = model.blocks[0].attn.av.left_quantizer
+    hook = quantizer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(image)
+        quantizer.scale.fill_(2 * off * float(seen[0].median()))
+    hook.remove()
+    packed(model, tmp_path)
+    attention = REFERENCE["binary_attention"]
+
+    def moved(qkv: Any, threshold: Any, logit_scale: float, map_scale: float) -> Any:
+        return attention(qkv, threshold, logit_scale, map_scale * factor)
+
+    table = {**REFERENCE, "binary_attention": moved}
+    found = verify(model, runtime.load(tmp_path / "model.lowbit", table), [image])
+    assert len(found.differences) == 1
+    assert len(found.faults) == faults
+    if not faults:
+        assert found.differences[0].grid == "blocks.0.attn.av.left_quantizer"
