@@ -14,15 +14,15 @@ class Weight(nn.Module):
         name: Name of the quantizer.
         quantizer: The quantizer.
         weight: The weight (out_features, ...).
+        by_integers: Whether what it is multiplied by is of integers too.
     """
 
     phase = Phase.QUANTIZE
 
-    def __init__(self, name: str, quantizer: Quantizer, weight: Tensor) -> None:
+    def __init__(self, name: str, quantizer: Quantizer, weight: Tensor, by_integers: bool) -> None:
         super().__init__()
-        self.name, self.shape = name, weight.shape
-        self.transposed = weight.ndim == 2
-        self.grid = _constant(quantizer, weight, self.transposed)
+        self.name, self.transposed = name, weight.ndim == 2
+        self.grid = _constant(quantizer, weight, self.transposed, by_integers)
 
     def forward(self, _: Tensor) -> Tensor:
         """The quantized weight."""
@@ -30,14 +30,16 @@ class Weight(nn.Module):
         return values.T if self.transposed else values
 
 
-def _constant(quantizer: Quantizer, weight: Tensor, transposed: bool) -> nn.Module:
+def _constant(
+    quantizer: Quantizer, weight: Tensor, transposed: bool, by_integers: bool
+) -> nn.Module:
     try:
         codes = quantizer.codes(weight)
     except ValueError:  # a zero point that is a fraction
         return Values(quantizer.fake_quantize(weight), transposed)
     if codes.table is not None:
         return RowTables(codes, transposed)
-    return Integers(codes, transposed)
+    return Integers(codes, transposed, by_integers)
 
 
 class Values(nn.Module):
@@ -57,21 +59,27 @@ class Values(nn.Module):
 class Integers(nn.Module):
     """Integers with a scale for all, or for each index of one axis.
 
+    Their values are by DequantizeLinear where they meet integers. Where they meet floating-point
+    numbers it would have ONNX Runtime round those as well (MatMulNBits), so there the same is
+    written as arithmetic, which a runtime does once, when it loads the file.
+
     Args:
         codes: Codes of a weight.
         transposed: Whether to keep the transpose.
+        by_integers: Whether they meet integers.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, codes: Codes, transposed: bool) -> None:
+    def __init__(self, codes: Codes, transposed: bool, by_integers: bool) -> None:
         super().__init__()
+        self.by_integers = by_integers
         values, zero_point = _within_one_type(codes)
         scale = codes.scale.detach()
-        axes = [axis for axis, size in enumerate(scale.shape) if size > 1] or [0]
-        axis = values.ndim - scale.ndim + axes[0]
+        sizes = (1,) * (values.ndim - scale.ndim) + tuple(scale.shape)
+        axis = next((axis for axis, size in enumerate(sizes) if size > 1), 0)
         self.axis = values.ndim - 1 - axis if transposed else axis
         shape = (-1,) if scale.numel() > 1 else ()
         self.register_buffer("codes", _laid(values, transposed))
@@ -80,7 +88,12 @@ class Integers(nn.Module):
 
     def forward(self) -> Tensor:
         """Their values."""
-        return dequantized(self.codes, self.scale, self.zero_point, self.axis)
+        if self.by_integers:
+            return dequantized(self.codes, self.scale, self.zero_point, self.axis)
+        shape = [1] * self.codes.ndim
+        shape[self.axis] = -1
+        scale, zero_point = self.scale.reshape(shape), self.zero_point.reshape(shape)
+        return (self.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
 
 
 def _within_one_type(codes: Codes) -> tuple[Tensor, Tensor]:
@@ -89,11 +102,15 @@ def _within_one_type(codes: Codes) -> tuple[Tensor, Tensor]:
     if codes.zero_point is None:
         return values, torch.zeros_like(codes.scale, dtype=values.dtype)
     zero_point = codes.zero_point.detach()
-    info = torch.iinfo(values.dtype)
-    within = info.min <= zero_point.min() and zero_point.max() <= info.max
-    if within and values.dtype is not torch.int32:  # of which ONNX wants the zero point to be zero
-        return values, zero_point.to(values.dtype)
-    return (values - zero_point).to(torch.int32), torch.zeros_like(zero_point, dtype=torch.int32)
+    if values.max() > 255 or not _all_within(zero_point, 0, 255):
+        return (values - zero_point).to(torch.int32), torch.zeros_like(
+            zero_point, dtype=torch.int32
+        )
+    return values.to(torch.uint8), zero_point.to(torch.uint8)
+
+
+def _all_within(x: Tensor, low: int, high: int) -> bool:
+    return bool(((x >= low) & (x <= high)).all())
 
 
 class RowTables(nn.Module):

@@ -94,30 +94,27 @@ def _replaced_(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 def _narrowed_(graph: ir.Graph) -> None:
     """Keep integers that fit 4 bits in 4 bits, and widen them where they are read."""
     for node in list(graph):
-        if node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+        value = node.inputs[0] if node.op_type in ("DequantizeLinear", "Cast") else None
+        wide = value.dtype if value is not None and value.name in graph.initializers else None
+        if value is None or wide is None or value.const_value is None:
             continue
-        value = node.inputs[0]
-        if value.const_value is None or value.name not in graph.initializers:
-            continue
-        narrow = _four_bits(value.const_value.numpy())
+        codes = value.const_value.numpy()
+        narrow = _four_bits(codes)
         if narrow is None:
             continue
-        wide = value.dtype
-        assert wide is not None
-        value.const_value = ir.Tensor(
-            value.const_value.numpy().astype(narrow.numpy()), dtype=narrow, name=value.name
-        )
-        value.type = ir.TensorType(narrow)
-        cast = ir.node("Cast", [value], {"to": int(wide)}, name=f"{node.name}/Cast")
-        cast.outputs[0].name = f"{value.name}.wide"
-        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(wide), value.shape
-        graph.insert_before(node, cast)
-        node.replace_input_with(0, cast.outputs[0])
+        kept = ir.Tensor(codes.astype(narrow.numpy()), dtype=narrow, name=value.name)
+        value.const_value, value.type = kept, ir.TensorType(narrow)
+        if node.op_type == "DequantizeLinear":
+            cast = ir.node("Cast", [value], {"to": int(wide)}, name=f"{node.name}/Cast")
+            cast.outputs[0].name = f"{value.name}.wide"
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(wide), value.shape
+            graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])
 
 
 def _four_bits(codes: np.ndarray) -> ir.DataType | None:
     """The type of 4 bits that holds all codes."""
-    low, high = codes.min(), codes.max()
-    if codes.dtype == np.uint8 and high <= 15:
+    if codes.dtype == np.uint8 and codes.max() <= 15:
         return ir.DataType.UINT4
-    return ir.DataType.INT4 if codes.dtype == np.int8 and low >= -8 and high <= 7 else None
+    fits = codes.dtype == np.int8 and codes.min() >= -8 and codes.max() <= 7
+    return ir.DataType.INT4 if fits else None

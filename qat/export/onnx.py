@@ -21,7 +21,7 @@ from qat.cost.count import cost
 from qat.cost.coverage import cost_items, coverage_rows
 from qat.export.operators import OPSET
 from qat.export.pack import CARD
-from qat.export.stand_ins import stand_in
+from qat.export.stand_ins import replace_
 from qat.export.watch import watched
 from qat.extras import needs
 from qat.models import example_inputs
@@ -77,9 +77,7 @@ def _with_stand_ins(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     with torch.no_grad(), watched(made, lambda _, q: q.operand is Operand.WEIGHT) as weights:
         made(*inputs)
     with torch.no_grad():
-        for name, quantizer in list(quantizers(made)):
-            if quantizer.operand is not Operand.WEIGHT or name in weights:
-                made.set_submodule(name, stand_in(name, quantizer, weights.get(name)))
+        replace_(made, weights)
     return made
 
 

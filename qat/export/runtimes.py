@@ -113,7 +113,13 @@ class OnnxModel:
                 "write one with `train.py export --format onnx`"
             )
         self.engine = engine
-        self.grids = {name: OnnxGrid(self, **ends) for name, ends in self.texts["grids"].items()}
+        try:
+            grids = self.texts["grids"].items()
+            self.grids = {str(name): OnnxGrid(self, **ends) for name, ends in grids}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{path}' is damaged: its grids are no grids ({error!s:.160})"
+            ) from None
         self.inputs = [value.name for value in self.proto.graph.input]
 
     @property

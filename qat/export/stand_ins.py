@@ -12,6 +12,7 @@ again, so that every grid can be found in the file.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,32 @@ from qat.export.constants import Weight
 from qat.export.operators import gathered, marked, operator, requantized
 from qat.export.tables import bounds_and_levels
 from qat.packed.network import Form
-from qat.quantizers import Companding, Phase, Quantizer
+from qat.quantizers import Companding, Phase, Quantizer, quantizers
+from qat.spec import Operand
 
 
-def stand_in(name: str, quantizer: Quantizer, weight: Tensor | None) -> nn.Module:
-    """What is exported in place of a quantizer.
+def replace_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put stand-ins in the places of a model's quantizers.
 
     Args:
-        name: Its name in the model.
-        quantizer: The quantizer.
-        weight: What it quantizes, where that is always the same.
+        model: The model, calibrated.
+        weights: What each quantizer of a weight is given, by its name.
     """
-    if weight is not None:
-        return Weight(name, quantizer, weight)
-    return Marked(name, _activation(quantizer))
+    found = list(quantizers(model))
+    for name, quantizer in found:
+        if quantizer.operand is not Operand.WEIGHT:
+            model.set_submodule(name, Marked(name, _activation(quantizer)))
+    for name, quantizer in found:
+        if name in weights:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            by_integers = _is_of_bytes(getattr(owner, "input_quantizer", None))
+            model.set_submodule(name, Weight(name, quantizer, weights[name], by_integers))
+
+
+def _is_of_bytes(module: object) -> bool:
+    """Whether what a stand-in gives are integers of 8 bits."""
+    grid = module.grid if isinstance(module, Marked) else None
+    return isinstance(grid, Uniform | Signs) and grid.zero_point.dtype is torch.uint8
 
 
 def _activation(quantizer: Quantizer) -> nn.Module:

@@ -1,4 +1,4 @@
-"""`export`, and what reads a packed file: `test`, `predict`."""
+"""`export`, and what reads an exported file: `test`, `predict`."""
 
 import csv
 from pathlib import Path
@@ -23,6 +23,15 @@ def exported(binary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     words = ("--ckpt_path", binary_run / "checkpoints" / "last.ckpt", "--run_dir", folder)
     assert run("export", "--format", "packed", "--verify", *words) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def onnx_file(binary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same student as an ONNX file."""
+    folder = tmp_path_factory.mktemp("exports") / "onnx"
+    words = ("--ckpt_path", binary_run / "checkpoints" / "last.ckpt", "--run_dir", folder)
+    assert run("export", "--format", "onnx", "--verify", "40", *words) == 0
+    return folder / "model.onnx"
 
 
 @pytest.fixture
@@ -77,6 +86,35 @@ def test_test_reads_a_packed_file(exported: Path, binary_run: Path, tmp_path: Pa
     assert metrics(tmp_path / "run")["top1"] == metrics(binary_run)["top1"]
 
 
+def test_an_onnx_file_says_what_it_saves_and_how_many_products_run_on_integers(
+    onnx_file: Path,
+) -> None:
+    found = metrics(onnx_file.parent)
+    assert found["size_bytes"] == onnx_file.stat().st_size < found["size_float_bytes"]
+    assert found["n_images"] == 40 and found["agreement"] == 1.0
+    assert found["n_codes_wrong"] == 0 == found["n_faults"]
+    assert 0 < found["n_products_int_onnxruntime"] < found["n_products"]
+
+
+def test_test_and_predict_read_an_onnx_file(
+    onnx_file: Path, binary_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    """With the answers of the checkpoint and its costs."""
+    words = ("--config", binary_run / "config.yaml", "--ckpt_path", onnx_file)
+    assert run("test", *words, "--run_dir", tmp_path / "run") == 0
+    found, own = metrics(tmp_path / "run"), metrics(binary_run)
+    assert {key: found[key] for key in ("top1", "bops")} == {
+        key: own[key] for key in ("top1", "bops")
+    }
+    rows = {}
+    for path in (onnx_file, binary_run / "checkpoints" / "last.ckpt"):
+        words = ("--ckpt_path", path, "--images", photos, "--run_dir", tmp_path / path.stem)
+        assert run("predict", *words) == 0
+        with open(tmp_path / path.stem / "predictions.csv", newline="") as file:
+            rows[path.stem] = [(row["image"], row["class"]) for row in csv.DictReader(file)]
+    assert rows["model"] == rows["last"]
+
+
 def test_predict_gives_the_same_answers_by_checkpoint_and_packed_file(
     exported: Path, binary_run: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +156,12 @@ def test_export_compares_on_a_folder_of_images_and_states_the_gap_of_half_precis
         (("predict", "--ckpt_path", "{model}", "--images", "nowhere"), "nowhere"),
         (("predict", "--ckpt_path", "absent.ckpt", "--images", "{photos}"), "no checkpoint"),
         (("export", "--ckpt_path", "{model}", "--format", "zip"), "format"),
+        (
+            ("export", "--ckpt_path", "{model}", "--format", "onnx", "--half", "true"),
+            "packed files",
+        ),
+        (("test", "--ckpt_path", "absent.onnx"), "no ONNX file"),
+        (("export", "--ckpt_path", "{onnx}", "--format", "onnx"), "is an ONNX file"),
         (("test", "--ckpt_path", "{damaged}"), "is damaged"),
         (("predict", "--ckpt_path", "{damaged}", "--images", "{photos}"), "is damaged"),
     ],
@@ -126,13 +170,19 @@ def test_a_mistake_is_one_line(
     words: tuple[str, ...],
     said: str,
     exported: Path,
+    onnx_file: Path,
     photos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     damaged = exported / "damaged.lowbit"
     damaged.write_bytes((exported / "model.lowbit").read_bytes()[:-9] + b"123456789")
-    places = {"model": exported / "model.lowbit", "photos": photos, "damaged": damaged}
+    places = {
+        "model": exported / "model.lowbit",
+        "photos": photos,
+        "damaged": damaged,
+        "onnx": onnx_file,
+    }
     recipe = () if words != ("export",) else ("--config", "configs/digits_teacher.yaml")
     status = run(
         *(word.format(**places) for word in (*words, *recipe)), "--run_dir", tmp_path / "r"
