@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qat.export.operators import dequantized, marked
+from qat.export.operators import dequantized, kept, marked
 from qat.quantizers import Codes, Phase, Quantizer
 
 
@@ -93,7 +93,7 @@ class Integers(nn.Module):
         shape = [1] * self.codes.ndim
         shape[self.axis] = -1
         scale, zero_point = self.scale.reshape(shape), self.zero_point.reshape(shape)
-        return (self.codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+        return (kept(self.codes).to(scale.dtype) - zero_point.to(scale.dtype)) * scale
 
 
 def _within_one_type(codes: Codes) -> tuple[Tensor, Tensor]:
@@ -102,15 +102,9 @@ def _within_one_type(codes: Codes) -> tuple[Tensor, Tensor]:
     if codes.zero_point is None:
         return values, torch.zeros_like(codes.scale, dtype=values.dtype)
     zero_point = codes.zero_point.detach()
-    if values.max() > 255 or not _all_within(zero_point, 0, 255):
-        return (values - zero_point).to(torch.int32), torch.zeros_like(
-            zero_point, dtype=torch.int32
-        )
-    return values.to(torch.uint8), zero_point.to(torch.uint8)
-
-
-def _all_within(x: Tensor, low: int, high: int) -> bool:
-    return bool(((x >= low) & (x <= high)).all())
+    if all(int(x.min()) >= 0 and int(x.max()) <= 255 for x in (values, zero_point)):
+        return values.to(torch.uint8), zero_point.to(torch.uint8)
+    return (values - zero_point).int(), torch.zeros_like(zero_point).int()
 
 
 class RowTables(nn.Module):
@@ -134,7 +128,8 @@ class RowTables(nn.Module):
 
     def forward(self) -> Tensor:
         """The values."""
-        return _laid(self.table.gather(1, self.codes.long()).reshape(self.shape), self.transposed)
+        values = self.table.gather(1, kept(self.codes).long())
+        return _laid(values.reshape(self.shape), self.transposed)
 
 
 def _laid(values: Tensor, transposed: bool) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qat.export.operators import DOMAIN
+
 Ends = dict[str, dict[str, str]]
 """For each grid the names of its values: `input`, which a weight has none of, and `output`."""
 
@@ -23,7 +25,7 @@ def ordered_(model: ir.Model) -> Ends:
     _narrowed_(graph)
     for value in (*graph.initializers.values(), *graph.inputs, *graph.outputs):
         value.metadata_props.clear()
-    model.opset_imports.pop("lowbit", None)
+    model.opset_imports.pop(DOMAIN, None)
     model.producer_name, model.producer_version = "lowbit-vit", None
     return ends
 
@@ -77,11 +79,13 @@ def ir_list(text: str) -> list[str]:
 def _unmarked_(graph: ir.Graph) -> Ends:
     ends: Ends = {}
     for node in graph:
-        if node.domain == "lowbit":
+        if node.domain != DOMAIN:
+            continue
+        assert node.inputs[0] is not None
+        if node.op_type == "Mark":
             grid, side = (node.attributes[key].as_string() for key in ("grid", "side"))
-            assert node.inputs[0] is not None
             ends.setdefault(grid, {})[side] = str(node.inputs[0].name)
-            _replaced_(graph, node, node.inputs[0])
+        _replaced_(graph, node, node.inputs[0])
     return ends
 
 

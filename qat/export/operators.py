@@ -7,8 +7,8 @@ from torch import Tensor
 
 OPSET = 21
 """The first with integers of 4 and 16 bits."""
-MARK = "lowbit::Mark"
-"""What says where the input and the output of a grid are; `qat.export.graph` takes it out."""
+DOMAIN = "lowbit"
+"""Of operators that `qat.export.graph` takes out again."""
 
 
 def gathered(table: Tensor, index: Tensor) -> Tensor:
@@ -46,4 +46,10 @@ def requantized(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def marked(x: Tensor, name: str, side: str) -> Tensor:
     """The tensor, known as the input or the output of a grid."""
-    return operator(MARK, (x,), x.shape, x.dtype, {"grid": name, "side": side}, version=1)
+    said = {"grid": name, "side": side}
+    return operator(f"{DOMAIN}::Mark", (x,), x.shape, x.dtype, said, version=1)
+
+
+def kept(codes: Tensor) -> Tensor:
+    """Integers of which the exporter does not compute in advance what follows."""
+    return operator(f"{DOMAIN}::Kept", (codes,), codes.shape, codes.dtype, version=1)
