@@ -44,8 +44,8 @@ def pulls(axes: plt.Axes) -> None:
     for place in (-1, 0, 1):
         axes.axvline(place, color=GREY, linewidth=0.7, linestyle=":")
     axes.set_xlabel("latent weight, in units of its row's mean magnitude k")
-    axes.set_ylabel("pull: moves to the right where positive")
-    axes.legend(frameon=False, labelcolor=GREY)
+    axes.set_ylabel("pull")
+    axes.legend(frameon=False, labelcolor=GREY, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def main() -> None:

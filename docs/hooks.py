@@ -97,9 +97,16 @@ def commands() -> str:
         lines += ["", f"## {section}", "", about, ""]
         lines += ["| flag | does | unless set | commands |", "|---|---|---|---|"]
         for cells, names in tables[section].items():
-            of = "all" if len(names) == len(COMMANDS) else ", ".join(names)
-            lines.append(f"| {' | '.join((*cells, of))} |")
+            lines.append(f"| {' | '.join((*cells, _all_of(names)))} |")
     return OPENING + "\n".join(lines)
+
+
+def _all_of(names: list[str]) -> str:
+    """Commands that have a flag; where most do, those that do not."""
+    others = [name for name in COMMANDS if name not in names]
+    if len(others) > 2:
+        return ", ".join(names)
+    return f"all but {', '.join(others)}" if others else "all"
 
 
 def _section(action: Action) -> str:

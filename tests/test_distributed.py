@@ -1,17 +1,21 @@
 """Two processes train one model and evaluate every image once, whoever started them."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import TCPStore
 
+import qat
 from qat.checkpoint import digest, read
 from qat.cli.main import main, make_parser
 from tests import runs
@@ -243,3 +247,37 @@ def test_torchrun_itself_trains_a_student_and_its_teacher(tiny: Path, tmp_path: 
     (folder,) = (tmp_path / "runs").iterdir()
     for place in (folder, folder / "teacher"):
         assert runs.metrics(place)["n_images"] == 360
+
+
+@pytest.mark.slow
+def test_recipe_of_imagenet_trains_in_two_processes_on_a_few_photos_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of docs/guides/imagenet.md, on images and a model that are smaller."""
+    for part, count in (("train", 8), ("val", 3)):
+        for number, name in enumerate(("cat", "dog", "owl")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                photo = Image.new("RGB", (40, 40), (70 * number, 9 * i, 90))
+                photo.save(tmp_path / part / name / f"{i}.png")
+    monkeypatch.setenv("IMAGENET", str(tmp_path))
+    size: dict[str, Any] = {"num_classes": 3, "img_size": 32, "model_args": runs.TINY}
+    qat.save(qat.timm_model("deit_small_patch16_224", **size), tmp_path / "teacher.ckpt")
+    words: list[object] = ["fit", "--config", "binaryvit/deit_small_imagenet", "--run_dir", "run"]
+    words += ["--model.teacher", "teacher.ckpt"]
+    words += ["--model.objective.hard", 0, "--model.objective.soft", 1]
+    words += ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]
+    words += ["--trainer.accumulate_grad_batches", 2, "--data.batch_size", 2]
+    words += ["--data.num_workers", 0, "--trainer.enable_progress_bar", "false"]
+    for key, value in size.items():
+        words += [f"--model.model.init_args.{key}", json.dumps(value)]
+    for epochs, more in ((1, ()), (2, ("--ckpt_path", "last"))):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        length = ("--trainer.max_epochs", epochs)
+        done = _run_as(_torchrun(store.port), tmp_path, *words, *length, *more)
+        assert done == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
+        found = runs.metrics(tmp_path / "run")
+        assert found["epochs"] == epochs and found["n_images"] == 9
+        last = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+        assert last["global_step"] == 3 * epochs  # 24 images: 2 processes, 2 batches of 2 a step
+    assert "flip_rate" in found and "top1_teacher" in found
