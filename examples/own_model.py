@@ -1,11 +1,13 @@
-"""Train a model of one's own on digits, quantize it to four bits, save it, and load it again."""
+"""Quantize a model of one's own to four bits, save it, export it. Needs the extra `export`."""
 
+import onnxruntime
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
+from qat.export.onnx import export_onnx
 
 
 class Mixer(nn.Module):
@@ -26,8 +28,8 @@ class Mixer(nn.Module):
         return self.head(self.norm(tokens).mean(1))
 
 
-def main(file: str = "mixer.ckpt") -> None:
-    """Accuracy in float and on four bits."""
+def main(folder: str = ".") -> None:
+    """Accuracy in float, on four bits after loading, and of the ONNX file in its runtime."""
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
@@ -39,16 +41,18 @@ def main(file: str = "mixer.ckpt") -> None:
         optimizer.step(), optimizer.zero_grad()
 
     recipe = {"class_path": f"{Mixer.__module__}.Mixer", "init_args": {"dim": 48}}
-    names = [str(digit) for digit in range(10)]
-    qat.adopt(model.eval(), recipe=recipe, preprocessing=pixels, class_names=names)
-    before = model(images[1400:]).argmax(1)
+    qat.adopt(model.eval(), recipe=recipe, preprocessing=pixels)
+    answers = {"float": model(images[1400:])}
     qat.convert_(model, qat.Plan.uniform(weight=4, activation=4), qat.quantizers.Affine)
     qat.calibrate(model, [images[:64]])
-    qat.save(model, file)
-    again = qat.load(file, trust=(Mixer.__module__,))  # the file may name this module
-    after = again(images[1400:]).argmax(1)
-    for name, answers in (("float", before), ("w4a4", after)):
-        print(f"{name} top-1: {(answers == labels[1400:]).float().mean():.3f}")
+    qat.save(model, f"{folder}/mixer.ckpt")
+    again = qat.load(f"{folder}/mixer.ckpt", trust=(Mixer.__module__,))  # it may name this module
+    answers["w4a4"] = again(images[1400:])
+    export_onnx(model, f"{folder}/mixer.onnx")
+    session = onnxruntime.InferenceSession(f"{folder}/mixer.onnx")
+    answers["onnx"] = torch.tensor(session.run(None, {"images": images[1400:].numpy()})[0])
+    for name, logits in answers.items():
+        print(f"{name} top-1: {(logits.argmax(1) == labels[1400:]).float().mean():.3f}")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,16 @@ def test_examples_are_short_and_each_is_run_by_a_test() -> None:
         assert path.stem in tests, path.name
 
 
-def test_model_of_ones_own_is_quantized_and_saved(
+def test_model_of_ones_own_is_quantized_saved_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     import own_model  # type: ignore[import-not-found] - beside the package
 
-    own_model.main(str(tmp_path / "mixer.ckpt"))
+    own_model.main(str(tmp_path))
     top1 = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert top1[0] > 0.6 and top1[1] > top1[0] - 0.2
+    assert len(top1) == 3 and top1[0] > 0.6 and top1[1] > top1[0] - 0.2
+    assert abs(top1[2] - top1[1]) < 0.02  # the odd value between two codes may fall to either side
     with pytest.raises(ValueError, match="trust"):
         qat.load(tmp_path / "mixer.ckpt")
 

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,44 +10,37 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
+from qat.cli.main import main
 from tests import runs
 
-PROGRAMS = {
-    "lowbit-vit": [sys.executable, "-m", "qat.cli"],
-    "python train.py": [sys.executable, str(runs.ROOT / "train.py")],
-}
-"""Beginnings of the commands that are run; others install, or are run by themselves."""
-
-
-GUIDES = tuple(
-    f"docs/guides/{path.name}" for path in sorted((runs.ROOT / "docs/guides").glob("*.md"))
-)
+PROGRAMS = ("lowbit-vit", "python train.py")
+"""Two names of one program; lines that begin otherwise install, or are run by themselves."""
+GUIDES = tuple(f"docs/guides/{p.name}" for p in sorted((runs.ROOT / "docs/guides").glob("*.md")))
 PAGES = ("README.md", "docs/quickstart.md", *GUIDES)
 """In this order the guides find the model of digits that the README's command has trained."""
-FENCED = re.compile(r"^```(?:python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"# (\S+\.(?:py|yaml))\n")
-"""The first line of what is to be saved as a file; what has none is run."""
+"""The first line of what is to be saved as a file; other Python is run."""
 
 
-def commands(page: str) -> list[str]:
-    """The commands of a page: lines set as code, without what explains them."""
-    lines = re.findall(r"^ {4}(\S.*)$", (runs.ROOT / page).read_text(), re.MULTILINE)
-    return [line.partition("  #")[0].strip() for line in lines if line.startswith(tuple(PROGRAMS))]
+def commands(text: str) -> list[str]:
+    """The commands of a text: lines set as code, without what explains them."""
+    lines = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+    return [line.partition("  #")[0].strip() for line in lines if line.startswith(PROGRAMS)]
 
 
 def steps(page: str) -> list[str]:
-    """What a reader of a page does, in order: its commands, and files and Python of a guide.
+    """What a reader of a page does, in order: its commands, and the files and Python of a guide.
 
-    The Python of README and quickstart is run by `tests/test_readme.py`.
+    The Python of README and quickstart is run by `tests/test_readme.py`; what is fenced as `sh`
+    takes a cluster.
     """
-    if page not in GUIDES:
-        return commands(page)
-    text = FENCED.sub(lambda block: f"\0{block[1]}\0", (runs.ROOT / page).read_text())
-    parts = enumerate(text.split("\0"))
-    found = [
-        [part] if i % 2 else re.findall(r"^ {4}(\S.*)$", part, re.MULTILINE) for i, part in parts
-    ]
-    return [step for part in found for step in part]
+    text, *fenced = FENCED.split((runs.ROOT / page).read_text())
+    found = commands(text)
+    for kind, body, after in zip(fenced[::3], fenced[1::3], fenced[2::3], strict=True):
+        taken = page in GUIDES and kind in ("python", "yaml")
+        found += [*([body] if taken else []), *commands(after)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +60,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pages_have_commands_to_walk() -> None:
     """So that a page whose commands are no longer found does not pass in silence."""
-    assert len(commands("README.md")) == 2
-    verbs = {shlex.split(command)[1] for command in commands("docs/quickstart.md")}
+    assert len(steps("README.md")) == 2
+    verbs = {shlex.split(command)[1] for command in steps("docs/quickstart.md")}
     assert verbs == {"fit", "test", "quantize", "search", "adapt", "predict", "export"}
+    assert [page for page in GUIDES if not steps(page)] == ["docs/guides/index.md"]
 
 
 @pytest.mark.walk
@@ -83,15 +75,18 @@ def test_pages_have_commands_to_walk() -> None:
         for i, s in enumerate(steps(page))
     ],
 )
-def test_step_does_what_the_page_says(step: str, home: Path) -> None:
+def test_step_does_what_the_page_says(
+    step: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("warnings.filters", [("ignore", None, Warning, None, 0)])
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(home)
     if name := NAMED.match(step):
         (home / name[1]).write_text(step)
-        return
-    start = next((name for name in PROGRAMS if step.startswith(name)), None)
-    words = [sys.executable, "-c", step]
-    if start is not None:
-        words = [*PROGRAMS[start], *shlex.split(step.removeprefix(start))]
-    done = subprocess.run(words, cwd=home, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for folder in re.findall(r"--run_dir (\S+)", step if start else ""):
-        assert (home / folder / "metrics.json").exists()
+    elif not step.startswith(PROGRAMS):
+        exec(step, {})
+    else:
+        start = next(name for name in PROGRAMS if step.startswith(name))
+        assert main(shlex.split(step.removeprefix(start))) == 0
+        for folder in re.findall(r"--run_dir (\S+)", step):
+            assert (home / folder / "metrics.json").exists()

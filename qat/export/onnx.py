@@ -8,6 +8,7 @@ graph what images go in, what the classes are called, and where each grid is.
 import copy
 import json
 import warnings
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,6 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     Raises:
         ValueError: If it cannot.
     """
-    batch = torch.export.Dim("batch")
     names = ["images", *(f"input_{i}" for i in range(1, len(inputs)))]
     try:
         with torch.no_grad(), needs("export", "write ONNX files"), warnings.catch_warnings():
@@ -98,7 +98,7 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
                 input_names=names,
                 output_names=["logits"],
                 opset_version=OPSET,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=_shapes(model, len(inputs)),
                 dynamo=True,
                 verbose=False,
             )
@@ -108,6 +108,14 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         raise ValueError(
             f"torch cannot export this model to ONNX ({type(cause).__name__}: {line:.200})"
         ) from None
+
+
+def _shapes(model: nn.Module, count: int) -> tuple[Any, ...]:
+    """Batches of any size, in the form of the arguments; an intercepted model takes `*args`."""
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} for _ in range(count))
+    first = next(iter(signature(model.forward).parameters.values()))
+    return (shapes,) if first.kind is Parameter.VAR_POSITIONAL else shapes
 
 
 def _write(program: Any, path: str | Path) -> None:
