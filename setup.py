@@ -27,7 +27,7 @@ kernels = Extension(
 setup(
     packages=[*find_packages(include=["qat*", "binaryvit*", "ptq_init*"]), *recipes],
     package_dir={"qat.configs": "configs"},
-    package_data={"": ["*.yaml", "py.typed"]},
+    package_data={"": ["*.yaml", "*.html", "py.typed"]},
     exclude_package_data={"qat.kernels": ["src/*"]},  # needed to build, not to run
     ext_modules=[kernels],
 )

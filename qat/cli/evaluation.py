@@ -10,7 +10,7 @@ from torch import nn
 from qat.card import card_of, untrained
 from qat.cli.session import Session
 from qat.cost.count import cost
-from qat.cost.coverage import cost_items, coverage_rows
+from qat.cost.coverage import cost_items, coverage_rows, product_rows
 from qat.export.classifier import OnnxClassifier
 from qat.lightning.data import VisionData
 from qat.patchwise import patchwise
@@ -27,14 +27,15 @@ def evaluate(
 
 
 def model_items(model: nn.Module) -> dict[str, Any]:
-    """Costs of a model, names of its classes, and what of it was never trained."""
+    """Costs of a model, in all and by product, names of its classes, what was never trained."""
     names, random = card_of(model).class_names, untrained(model)
     said = {"class_names": names and list(names), "untrained": random}
     kept = {key: value for key, value in said.items() if value}
     if isinstance(model, OnnxClassifier):
         return model.costs | kept
     costs = cost(model)
-    return cost_items(costs) | {"coverage": coverage_rows(costs)} | kept
+    tables = {"coverage": coverage_rows(costs), "products": product_rows(model, costs)}
+    return cost_items(costs) | tables | kept
 
 
 @contextmanager

@@ -36,6 +36,7 @@ COMMANDS = {
     "predict": "name the classes of images without labels, by a checkpoint or a packed file",
     "plan": "print every layer, its bits, and predicted bytes, operations and memory; touches no "
     "data",
+    "report": "write one HTML page with the results, curves and pictures of runs, side by side",
     "reproduce": "run a row of the ledger of results again, and say whether its number still holds",
 }
 """What each command does; the module of its name in `qat.cli.commands` says how."""

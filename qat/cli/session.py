@@ -71,7 +71,7 @@ class Session:
             if idle := left_aside(config.trainer, here) if here.alone else "":
                 console.print(f"{command} runs in one process and leaves aside {idle}")
         adopt_slurm(here)
-        folder = _folder(config.run_dir, _recipe_name(config), here)
+        folder = _folder(config.get("run_dir"), _recipe_name(config), here)
         return Session(command, parser, config, folder, flags, here)
 
     def changed(self, settings: Mapping[str, Any]) -> "Session":

@@ -1,6 +1,9 @@
 """Tables that grow while a run goes on."""
 
+import csv
 import hashlib
+import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,3 +51,29 @@ class GrowingTable:
                 "it from a copy, or start anew in another --run_dir"
             )
         self.size, self.hash = len(content), found
+
+
+TEXT = frozenset({"layer", "module", "operand", "domain", "outcome", "reason", "digest", "part"})
+"""Columns of tables that hold text; the others hold numbers."""
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table of numbers; an empty cell is None, a last row that is torn is left out.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        text = path.read_text()
+        whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+        rows = list(csv.DictReader(whole, strict=True))
+        return [{key: _value(key, cell) for key, cell in row.items()} for row in rows]
+    except (AttributeError, TypeError, ValueError, csv.Error):
+        raise ValueError(f"'{path}' is damaged, and cannot be drawn") from None
+
+
+def _value(column: str, cell: str) -> Any:
+    if column in TEXT:
+        return cell
+    number = float(cell) if cell else math.nan
+    return number if math.isfinite(number) else None

@@ -25,6 +25,7 @@ from qat.cli.trackers import finish, trackers
 from qat.lightning.callbacks import OrderlyInterrupt, OscillationTracker
 from qat.lightning.data import VisionData
 from qat.lightning.doctor import Doctor
+from qat.lightning.records import Records
 from qat.lightning.training import Training
 from qat.quantizers import quantizers
 from qat.train.doctor import Diagnosis
@@ -55,7 +56,7 @@ def train(session: Session) -> None:
     doctor = Doctor(**session.section("doctor"), tell=partial(_tell, session.folder))
     callbacks = [interrupt, *_checkpoints(session, schedule)]
     if any(True for _ in quantizers(module.model)):
-        callbacks.append(tracker)
+        callbacks += [tracker, Records(session.folder.path, tracker)]
     callbacks.append(doctor)
     with trackers(session) as loggers:
         csv_logger = session.folder.logger(None if resume is None else _step(resume))
@@ -184,7 +185,7 @@ def _measured(
     items = evaluate(session, module.model, data, evaluator)
     if module.teacher is not None:
         teacher = evaluate(session, module.teacher, data, evaluator)
-        kept = {"top1", "n_images", *model_items(module.teacher)} - {"class_names", "coverage"}
+        kept = {"top1", "n_images", *model_items(module.teacher)} - {"class_names", "coverage", "products"}
         items |= {f"{key}_teacher": teacher[key] for key in kept}
     return items
 

@@ -70,6 +70,28 @@ def kept_in_float(model: nn.Module, cost: Cost) -> dict[str, str]:
     return reasons
 
 
+def product_rows(model: nn.Module, cost: Cost) -> list[dict[str, Any]]:
+    """Every product for `metrics.json`: precision, costs, and why it is not below 16 bits."""
+    reasons = kept_in_float(model, cost)
+    return [
+        {
+            "layer": site.name,
+            "precision": site.precision,
+            "macs": site.macs,
+            "bops": site.bops,
+            "weight_bytes": weight_bytes(site),
+            "low_bit": site.low_bit,
+            "reason": reasons.get(site.name, ""),
+        }
+        for site in cost.sites
+    ]
+
+
+def weight_bytes(site: Site) -> float:
+    """Bytes of the weight of a product, with its scales; 0 where it has none."""
+    return (site.num_weights * site.bits[1] + 32 * site.num_scales) / 8
+
+
 def plan_table(cost: Cost) -> Table:
     """Every product: operand widths, MACs, bit operations and bytes of its weight."""
     table = Table(title="Plan", title_justify="left")
@@ -79,7 +101,7 @@ def plan_table(cost: Cost) -> Table:
     for heading in ("MACs", "BOPs", "weight bytes"):
         table.add_column(heading, justify="right")
     for site in cost.sites:
-        size = (site.num_weights * site.bits[1] + 32 * site.num_scales) / 8
+        size = weight_bytes(site)
         numbers = (f"{site.macs:,}", f"{site.bops:,}", f"{size:,.0f}" if size else "-")
         table.add_row(site.name, site.kind, site.precision, *numbers)
     return table

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from qat.layers import quantized_weights
 from qat.quantizers import Phase, Quantizer, quantizers
-from qat.train.oscillation import Oscillation, sign_statistics
+from qat.train.oscillation import Oscillation, imbalance, positive_share, sign_statistics
 
 SHARES = ("flip_rate", "oscillating", "near_boundary", "changed")
 USES = ("sign_entropy", "dead_channels")
+BALANCE = ("positive_before", "imbalance_before", "positive_after", "imbalance_after")
+"""Columns of the table of signs, before and after the shift of a binary activation."""
 
 
 class OscillationTracker(Callback):
@@ -40,9 +42,11 @@ class OscillationTracker(Callback):
         self.weights: dict[str, Oscillation] = {}
         self.last: dict[str, float] = {}
         self.layers: list[dict[str, Any]] = []
+        self.signs: list[dict[str, Any]] = []
         self.flip_rates: list[float] = []
         self.step = 0
         self._entropy: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._balance: dict[str, list[Tensor]] = {}
         self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +95,7 @@ class OscillationTracker(Callback):
         """Listen to binary activations."""
         for name, quantizer in quantizers(_model(pl_module)):
             if _is_binary_activation(quantizer) and quantizer.phase is Phase.QUANTIZE:
-                self._entropy[name] = []
+                self._entropy[name], self._balance[name] = [], []
                 self._hooks.append(quantizer.register_forward_hook(self._listen(name)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,6 +103,12 @@ class OscillationTracker(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.signs = [
+            {"layer": name} | dict(zip(BALANCE, _mean(seen), strict=True))
+            for name, seen in self._balance.items()
+            if seen
+        ]
+        self._balance.clear()
         pairs = [pair for group in self._entropy.values() for pair in group]
         self._entropy.clear()
         if pairs:
@@ -150,8 +160,12 @@ class OscillationTracker(Callback):
             self.weights[name].update(quantizer.codes(weight).values, count_oscillations=not warm)
 
     def _listen(self, name: str) -> Any:
-        def hook(quantizer: Quantizer, _: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(quantizer: Quantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._entropy[name].append(sign_statistics(output.detach(), quantizer.shape))
+            sides = (positive_share(x.detach(), quantizer.shape) for x in (inputs[0], output))
+            self._balance[name].append(
+                torch.stack([f for p in sides for f in (p.mean(), imbalance(p))])
+            )
 
         return hook
 
@@ -196,6 +210,10 @@ def _model(module: LightningModule) -> nn.Module:
     model = module.model
     assert isinstance(model, nn.Module)
     return model
+
+
+def _mean(rows: list[Tensor]) -> list[float]:
+    return [round(value, 6) for value in torch.stack(rows).mean(0).tolist()]
 
 
 def _is_binary_activation(quantizer: Quantizer) -> bool:

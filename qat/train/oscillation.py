@@ -81,6 +81,25 @@ class Oscillation:
         return restored
 
 
+def positive_share(x: Shaped[Tensor, "..."], shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """Share of positive values in each channel, over batch and tokens.
+
+    Args:
+        x: Values of a batch.
+        shape: Trailing shape of the operand.
+    """
+    return (x > 0).float().mean([0, *token_axes(x, shape)])
+
+
+def imbalance(share: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Mean over channels of |2 p - 1|: 0 where both signs are equally frequent, 1 where one is.
+
+    Args:
+        share: Share p of one sign in each channel.
+    """
+    return (2 * share - 1).abs().mean()
+
+
 def sign_statistics(
     codes: Shaped[Tensor, "..."], shape: tuple[int, ...], dead_below: float = 0.02
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -94,7 +113,7 @@ def sign_statistics(
         shape: Trailing shape of the operand.
         dead_below: Share below which one of the signs counts as absent.
     """
-    share = (codes > 0).float().mean([0, *token_axes(codes, shape)])
+    share = positive_share(codes, shape)
     entropy = torch.special.entr(share) + torch.special.entr(1 - share)
     dead = (share < dead_below) | (share > 1 - dead_below)
     return entropy.mean() / torch.log(torch.tensor(2.0)), dead.float().mean()

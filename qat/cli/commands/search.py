@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from qat import disk
 from qat.cli.arguments import add_run_arguments, add_training_arguments
+from qat.cli.charts.search import bits_chart, frontier_chart, sensitivity_chart
+from qat.cli.charts.theme import save_png
 from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
-from qat.cli.plots import frontier_plot, sensitivity_plot
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
 from qat.cli.start import started
+from qat.cli.tables import read_table
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_teacher
 from qat.cost.count import cost
 from qat.cost.latency import LatencyTable
 from qat.quantizers import ObserverFactory
 from qat.search import pmq
-from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, hull, totals
+from qat.search.allocate import Allocate, Frontier, best, check_budget, frontier, totals
 from qat.search.metrics import TokenFisher
 from qat.search.probe import Widths, probing
 from qat.search.sensitivity import Metric, Table, monotone
@@ -130,7 +132,8 @@ def run(session: Session) -> None:
         pmq.plan_of(model, chosen, reasons).save(folder / "plan.yaml")
         spent, loss = totals(task.components, picks)
         _write_sensitivities(folder, omega, chosen)
-        _write_frontier(folder, front, task, (spent, loss), settings.measure)
+        rows = pmq.frontier_rows(front, task.constant, settings.measure)
+        disk.write(folder / "frontier.csv", disk.csv_of(rows))
         found = _under(session, folder / "plan.yaml")
         check_coverage(found, config.require_coverage)
         bits = pmq.mean_bits(cost(found))
@@ -151,6 +154,7 @@ def run(session: Session) -> None:
             **model_items(found),
         }
         finish(session.folder, loggers, items)
+    _draw(folder, (items["cost"], loss), budget, settings.measure)
     rows = {f"cost, {settings.measure}": ("cost", "{:,.6g}"), **ROWS}
     show(session.folder.read_metrics(), rows, "Search")
     console.print(f"plan: {folder / 'plan.yaml'}")
@@ -189,19 +193,6 @@ def _under(session: Session, plan: str | Path) -> nn.Module:
     return session.changed({"model.plan": str(plan)}).model()
 
 
-def _write_frontier(
-    folder: Path,
-    front: Frontier,
-    task: pmq.Problem,
-    point: tuple[float, float],
-    measure: pmq.Measure,
-) -> None:
-    rows = pmq.frontier_rows(front, task.constant, measure)
-    disk.write(folder / "frontier.csv", disk.csv_of(rows))
-    edge = hull(task.components)
-    frontier_plot(front, edge, task.constant, point, measure, folder / "frontier.png")
-
-
 def _write_sensitivities(folder: Path, omega: Table, chosen: dict[pmq.Slot, int]) -> None:
     rows = [
         {"module": slot.module, "operand": str(slot.operand), "bits": bits, "sensitivity": value,
@@ -210,4 +201,11 @@ def _write_sensitivities(folder: Path, omega: Table, chosen: dict[pmq.Slot, int]
         for bits, value in row.items()
     ]  # fmt: skip
     disk.write(folder / "sensitivity.csv", disk.csv_of(rows))
-    sensitivity_plot(omega, chosen, 4, folder / "sensitivity.png")
+
+
+def _draw(folder: Path, chosen: tuple[float, float], budget: float | None, measure: str) -> None:
+    """Pictures of the two tables."""
+    rows = read_table(folder / "sensitivity.csv")
+    save_png([sensitivity_chart(rows), bits_chart(rows)], folder / "sensitivity.png")
+    front = read_table(folder / "frontier.csv")
+    save_png([frontier_chart(front, chosen, budget, measure)], folder / "frontier.png")

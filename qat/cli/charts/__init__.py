@@ -1,0 +1,1 @@
+"""Charts of what runs leave: functions of rows that return Vega-Lite specifications."""

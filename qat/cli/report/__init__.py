@@ -1,0 +1,1 @@
+"""`report.html`: one page that shows what runs left in their folders."""

@@ -1,0 +1,47 @@
+"""What the exported file saves."""
+
+from collections.abc import Callable
+
+from qat.cli.charts.costs import beside_float_chart
+from qat.cli.charts.theme import Drawing, spec
+from qat.cli.report.parts import Chart, Part, Section, Table
+from qat.cli.report.run import Run
+from qat.cli.report.wording import duration, plain, size
+
+CHECKS = {
+    "n_images": "images compared with the simulated model",
+    "agreement": "of the same class",
+    "logit_gap": "largest gap of logits",
+    "n_codes": "codes compared",
+    "n_codes_wrong": "codes that differ away from a threshold",
+}
+BESIDE = {
+    ("size_float_bytes", "size_packed_bytes"): ("size of the file", size),
+    ("seconds_per_image_float", "seconds_per_image"): ("time of an image", duration),
+}
+
+
+def export(run: Run) -> Section | None:
+    """Size and speed beside the float model, and the check of the file."""
+    charts = [
+        Chart(spec(_beside(found, *BESIDE[keys])), f"{BESIDE[keys][0]}, float and packed")
+        for keys in BESIDE
+        if (found := run.numbers(*keys))
+    ]
+    if not charts:
+        return None
+    suffix = "" if run.get("command") == "export" else "_packed"
+    checks = {text: run.get(key + suffix) for key, text in CHECKS.items()}
+    rows = [[text, plain(value)] for text, value in checks.items() if value is not None]
+    parts: list[Part] = [*charts, *([Table(("check of the file", ""), rows)] if rows else [])]
+    words = (
+        "The exported file beside the float model: grey is float in torch, blue is the file run "
+        "without torch, both on this machine's processor. Good is a short blue bar, and no code "
+        "that differs."
+    )
+    return Section("Exported file", words, parts)
+
+
+def _beside(found: list[float], title: str, form: Callable[[float], str]) -> Drawing:
+    exact, packed = found
+    return beside_float_chart((exact, packed), (form(exact), form(packed)), title)
