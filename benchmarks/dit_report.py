@@ -13,10 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from PIL import Image, ImageDraw
 
 METHODS = {
     "rtn": "RTN",
@@ -40,6 +37,8 @@ COLUMNS = {
 ONCE = {"seconds_calibration": 1, "size_bytes": 0}
 ROWS_SHOWN = 3
 SAMPLES_A_ROW = 10
+TITLE = 18
+"""Height of the line above the samples of a method, in pixels."""
 
 
 def cells(runs: list[dict[str, Any]]) -> list[str]:
@@ -56,15 +55,15 @@ def sheet(folder: Path, bits: str, seed: int, file: Path) -> None:
     names = [name for name in METHODS if (folder / f"{bits}-{name}-{seed}").is_dir()]
     grids = [("float", folder / f"{bits}-{names[0]}-{seed}" / "samples_float.png")]
     grids += [(METHODS[n].strip("*"), folder / f"{bits}-{n}-{seed}" / "samples.png") for n in names]
-    figure, axes = plt.subplots(len(grids), 1, figsize=(4, 1.35 * len(grids)))
-    for axis, (title, path) in zip(axes, grids, strict=True):
-        image = plt.imread(path)
-        axis.imshow(image[: image.shape[0] * ROWS_SHOWN // SAMPLES_A_ROW], interpolation="nearest")
-        axis.set_title(title, loc="left", fontsize=9, pad=2)
-        axis.axis("off")
-    figure.tight_layout(pad=0.3)
-    figure.savefig(file, dpi=75)
-    plt.close(figure)
+    images = [(title, Image.open(path)) for title, path in grids]
+    width, height = images[0][1].width, images[0][1].height * ROWS_SHOWN // SAMPLES_A_ROW
+    whole = Image.new("RGB", (width, (height + TITLE) * len(images)), "white")
+    draw = ImageDraw.Draw(whole)
+    for i, (title, image) in enumerate(images):
+        top = i * (height + TITLE)
+        draw.text((2, top + TITLE // 2), title, fill="black", anchor="lm")
+        whole.paste(image.crop((0, 0, width, height)), (0, top + TITLE))
+    whole.save(file)
 
 
 def main() -> None:

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import altair as alt
+import vl_convert
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from qat.cli.charts.theme import PAPER, PICTURE_INK, config, layer
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "ptq.svg"
 METHODS = {
@@ -28,34 +26,35 @@ BITS = {"w8a8": "8 bits", "w6a6": "6 bits", "w4a4": "4 bits", "w3a3": "3 bits"}
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A line a method over bits, and the float model above them."""
-    plt.rcParams |= {"svg.hashsalt": "lowbit-vit", "font.size": 11}
-    figure, axes = plt.subplots(figsize=(8, 3.9), layout="constrained")
-    _line_of_float(axes, rows[0]["top1_float"])
-    for name, (label, colour, width) in METHODS.items():
-        found = {row["bits"]: row["top1"] for row in rows if row["method"] == name}
-        points = [found[bits] for bits in BITS]
-        axes.plot(range(len(BITS)), points, "o-", color=colour, lw=width, ms=3 + width, label=label)
-    axes.set_title(
-        "Photos that a vision transformer still names right", loc="left", fontsize=13, pad=12
+    labels, colours, widths = zip(*METHODS.values(), strict=True)
+    points = [
+        {"bits": BITS[row["bits"]], "method": METHODS[row["method"]][0], "top1": row["top1"]}
+        for row in rows
+    ]
+    percent = alt.Axis(format=".0%", tickCount=5)
+    y = alt.Y("top1:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=percent)
+    axis = alt.Axis(labelAngle=0)
+    x = alt.X(
+        "bits:O", sort=list(BITS.values()), title="for every weight and activation", axis=axis
     )
-    axes.set_xticks(range(len(BITS)), BITS.values())
-    axes.set_xlabel("for every weight and activation")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower left", title="how the integers' ranges are set")
-    axes.get_legend().set_alignment("left")  # type: ignore[union-attr]
-    axes.spines[["top", "right"]].set_visible(False)
+    shared = {"title": "how the integers' ranges are set", "sort": labels}
+    legend = alt.Legend(orient="bottom-left", direction="vertical", symbolType="stroke")
+    lines = layer(points).encode(
+        x=x,
+        y=y,
+        color=alt.Color("method:N", **shared, legend=legend).scale(domain=labels, range=colours),
+        strokeWidth=alt.StrokeWidth("method:N", **shared).scale(domain=labels, range=widths),
+    )
+    top1 = rows[0]["top1_float"]
+    exact = layer([{"top1": top1, "text": f"32-bit float, {top1:.0%}"}]).encode(y=y)
+    text = exact.mark_text(align="right", dy=-8).encode(text="text:N", x=alt.value("width"))
+    rule = exact.mark_rule(strokeDash=[4, 3], opacity=0.7)
+    drawn = alt.layer(rule, text, lines.mark_line(point=True))
+    title = "Photos that a vision transformer still names right"
+    whole = drawn.properties(width=620, height=280, title=title).to_dict()
+    whole["config"] = {**config(PICTURE_INK), "background": PAPER, "padding": 12}
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-
-
-def _line_of_float(axes: Axes, top1: float) -> None:
-    axes.axhline(top1, color="0.3", linestyle=(0, (4, 3)), linewidth=1.2)
-    end = (len(BITS) - 1, top1)
-    text = f"32-bit float, {top1:.0%}"
-    axes.annotate(text, end, (0, 5), textcoords="offset points", ha="right", color="0.3")
+    path.write_text(vl_convert.vegalite_to_svg(whole))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,10 @@ class RunFolder:
             ValueError: If it is damaged.
         """
         try:
-            return json.loads(self.metrics.read_text())
+            found = json.loads(self.metrics.read_text())
+            if not isinstance(found, dict):
+                raise ValueError("it holds no results by name")
+            return found
         except ValueError as error:
             raise ValueError(
                 f"'{self.metrics}' is damaged ({error}); restore it from a copy, or delete it to "

@@ -185,7 +185,11 @@ def _measured(
     items = evaluate(session, module.model, data, evaluator)
     if module.teacher is not None:
         teacher = evaluate(session, module.teacher, data, evaluator)
-        kept = {"top1", "n_images", *model_items(module.teacher)} - {"class_names", "coverage", "products"}
+        kept = {"top1", "n_images", *model_items(module.teacher)} - {
+            "class_names",
+            "coverage",
+            "products",
+        }
         items |= {f"{key}_teacher": teacher[key] for key in kept}
     return items
 

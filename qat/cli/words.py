@@ -13,7 +13,7 @@ TRAINER = "--trainer."
 def options(words: Sequence[str]) -> list[tuple[str, str]]:
     """Options and their values, written with `=` or with a space."""
     found = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         key, equals, value = word.partition("=")
         if key.startswith("--"):
             found.append((key, value if equals or following.startswith("--") else following))

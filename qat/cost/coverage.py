@@ -77,10 +77,10 @@ def product_rows(model: nn.Module, cost: Cost) -> list[dict[str, Any]]:
         {
             "layer": site.name,
             "precision": site.precision,
+            "bits": max(site.bits),
             "macs": site.macs,
             "bops": site.bops,
             "weight_bytes": weight_bytes(site),
-            "low_bit": site.low_bit,
             "reason": reasons.get(site.name, ""),
         }
         for site in cost.sites

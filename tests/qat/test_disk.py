@@ -17,13 +17,13 @@ from rich.console import Console
 
 import qat
 from qat import disk
+from qat.cli.charts.search import frontier_chart
+from qat.cli.charts.theme import save_png
 from qat.cli.curves import Curves
-from qat.cli.plots import frontier_plot
 from qat.cli.progress import RunJournal
 from qat.cli.run_folder import RunFolder
 from qat.cli.tables import GrowingTable
 from qat.lightning.checkpoint_io import WholeFiles
-from qat.search.allocate import Frontier
 from qat.tta.store import Store
 from tests.conftest import make_tiny_vit
 from tests.qat.common import plan
@@ -72,9 +72,8 @@ def _plan(folder: Path, number: int) -> None:
 
 
 def _picture(folder: Path, number: int) -> None:
-    line = torch.arange(9.0).numpy()
-    front = Frontier(line, line, torch.zeros(9, 1, dtype=torch.long).numpy())
-    frontier_plot(front, front, 0.0, (1.0, 1.0), "bops", folder / "frontier.png")
+    rows = [{"bops": float(cost), "loss": 1.0 / (cost + number)} for cost in range(1, 9)]
+    save_png([frontier_chart(rows, (1.0, 1.0), None, "bops")], folder / "frontier.png")
 
 
 def _curves(folder: Path, number: int) -> None:

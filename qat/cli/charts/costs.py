@@ -1,14 +1,15 @@
 """Charts of what a model costs: precision by layer, size and speed beside float."""
 
 from collections.abc import Sequence
+from math import ceil
 
 import altair as alt
 
 from qat.cli.charts.theme import (
     BLUE,
     GREY,
-    PALETTE,
     Drawing,
+    Number,
     Row,
     chart,
     grid,
@@ -17,39 +18,44 @@ from qat.cli.charts.theme import (
     layered,
 )
 
+BLUES = ("#1f5f9e", "#3f86c0", "#6aaad4", "#9ac8e3", "#cfe4f1")
+FLOAT_BITS = 32
+TOTALS = {"MACs": "macs", "weight bytes": "weight_bytes"}
 PACKED = ("float", "packed")
 
 
 def coverage_chart(rows: Sequence[Row]) -> Drawing:
-    """A cell for each product, coloured by its precision.
+    """A cell for each product, coloured by the bits of its wider operand.
 
     Args:
         rows: The `products` of `metrics.json`.
     """
     tips = ["layer:N", "precision:N", alt.Tooltip("macs:Q", format=","), "reason:N"]
-    return grid(in_grid(rows), _precision(rows), tips)
+    cells = in_grid([{**row, "width": _width(row)} for row in rows])
+    return grid(cells, _colour(rows), tips)
 
 
 def share_chart(rows: Sequence[Row]) -> Drawing:
-    """Shares of the precisions in all multiply-accumulates, and in all bytes of weights."""
-    totals = {"multiply-accumulates": "macs", "bytes of weights": "weight_bytes"}
+    """Shares of the widths in all multiply-accumulates, and in all bytes of weights."""
     bars = [
-        {"what": what, "precision": precision, "share": sum(
-            row[key] for row in rows if row["precision"] == precision
-        ) / max(1, sum(row[key] for row in rows))}
-        for what, key in totals.items()
-        for precision in _precisions(rows)
+        {"what": what, "width": _width(row), "rank": row["bits"],
+         "share": row[key] / max(1, sum(row[key] for row in rows))}
+        for what, key in TOTALS.items()
+        for row in rows
     ]  # fmt: skip
-    return chart(bars, 70).mark_bar().encode(
-        x=alt.X("share:Q", title=None, scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(format=".0%", tickCount=5)),
-        y=alt.Y("what:N", title=None, sort=list(totals)),
-        color=_precision(rows),
-        tooltip=["what:N", "precision:N", alt.Tooltip("share:Q", format=".2%")],
+    axis = alt.Axis(format=".0%", tickCount=5)
+    return chart(bars, 64).mark_bar().encode(
+        x=alt.X("sum(share):Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=axis),
+        y=alt.Y("what:N", title=None, sort=list(TOTALS)),
+        color=_colour(rows),
+        order="rank:Q",
+        tooltip=["what:N", "width:N", alt.Tooltip("sum(share):Q", format=".2%")],
     )  # fmt: skip
 
 
-def beside_float_chart(values: tuple[float, float], texts: tuple[str, str], title: str) -> Drawing:
+def beside_float_chart(
+    values: tuple[Number, Number], texts: tuple[str, str], title: str
+) -> Drawing:
     """Two bars: the float model and the packed file, with their numbers."""
     bars = [
         {"model": name, "value": value, "text": text}
@@ -88,12 +94,16 @@ def groups_chart(rows: Sequence[Row], lines: dict[str, str], title: str) -> Draw
     )  # fmt: skip
 
 
-def _precisions(rows: Sequence[Row]) -> list[str]:
-    return sorted({row["precision"] for row in rows}, key=lambda name: (name == "float", name))
+def _width(row: Row) -> str:
+    """The bits of the wider operand, whole ones."""
+    bits = ceil(row["bits"])
+    return "float" if bits >= FLOAT_BITS else f"{bits} bit{'s' * (bits > 1)}"
 
 
-def _precision(rows: Sequence[Row]) -> alt.Color:
-    """Quantized precisions in colours, float in grey."""
-    names = _precisions(rows)
-    colours = [GREY if name == "float" else PALETTE[i % 6] for i, name in enumerate(names)]
-    return alt.Color("precision:N", title=None, scale=alt.Scale(domain=names, range=colours))
+def _colour(rows: Sequence[Row]) -> alt.Color:
+    """The fewer bits the darker; float in grey."""
+    names = list(dict.fromkeys(_width(row) for row in sorted(rows, key=lambda row: row["bits"])))
+    low = [name for name in names if name != "float"]
+    colours = [BLUES[round(i * (len(BLUES) - 1) / max(1, len(low) - 1))] for i in range(len(low))]
+    scale = alt.Scale(domain=names, range=[*colours, GREY][: len(names)])
+    return alt.Color("width:N", title=None, scale=scale, legend=alt.Legend(columns=5))

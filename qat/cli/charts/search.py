@@ -9,6 +9,7 @@ from qat.cli.charts.theme import (
     GREY,
     RED,
     Drawing,
+    Number,
     Row,
     grid,
     in_grid,
@@ -60,7 +61,7 @@ def bits_chart(rows: Sequence[Row]) -> Drawing:
 
 
 def frontier_chart(
-    rows: Sequence[Row], chosen: tuple[float, float], budget: float | None, measure: str
+    rows: Sequence[Row], chosen: tuple[Number, Number], budget: Number | None, measure: str
 ) -> Drawing:
     """Least loss at every cost, with the chosen point and the budget.
 

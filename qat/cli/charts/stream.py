@@ -26,6 +26,8 @@ MOST_DOMAINS = 25
 """More than these are not named along the stream."""
 ADAPTED, SOURCE = "adapted", "without adaptation"
 WHO = {"error_source": SOURCE, "error": ADAPTED, "agreement": "same answer as without adaptation"}
+LEFT = alt.Axis(minExtent=52)
+"""Room beside the plot, the same for both charts, so that their batches stand in line."""
 REFUSED = ("batch:Q", "refused:Q", "reason:N")
 OUTCOMES = {"adapted": BLUE, "kept": GREY, "skipped": SKY, "rolled back": ORANGE, "reset": RED}
 
@@ -60,12 +62,13 @@ def stream_chart(rows: Sequence[Row], title: str = "") -> Drawing:
     names = [WHO[key] for key in lines]
     style = {SOURCE: (GREY, 4.5), ADAPTED: (BLUE, 2), WHO["agreement"]: (GREEN, 2)}
     colours, widths = zip(*(style[name] for name in names), strict=True)
+    width = alt.Scale(domain=names, range=widths)
     axis = "error, running mean" if "error" in lines else "equal answers, running mean"
     line = layer(points).mark_line().encode(
         x=_batches("batch", rows),
-        y=alt.Y("value:Q", title=axis, scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("value:Q", title=axis, axis=LEFT, scale=alt.Scale(domain=[0, 1])),
         color=alt.Color("who:N", title=None, sort=names).scale(domain=names, range=colours),
-        strokeWidth=alt.StrokeWidth("who:N", legend=None).scale(domain=names, range=widths),
+        strokeWidth=alt.StrokeWidth("who:N", title=None, sort=names, scale=width),
         tooltip=["batch:Q", "domain:N", "who:N", alt.Tooltip("value:Q", format=".3f")],
     )  # fmt: skip
     drawn = layered(260, line, *_domains(rows)).resolve_axis(x="independent")
@@ -82,7 +85,8 @@ def _domains(rows: Sequence[Row]) -> Iterator[alt.Chart]:
         names = json.dumps({str(int(start)): name for start, name in starts.items()})
         axis = alt.Axis(
             orient="top", values=list(starts), labelExpr=f"{names}[datum.value]", title=None,
-            labelAngle=-50, labelAlign="left", labelOverlap=False, domain=False, labelPadding=0,
+            labelAngle=-50, labelAlign="left", labelBaseline="middle", labelPadding=6,
+            labelOverlap=False, domain=False,
         )  # fmt: skip
         x = _batches("batch", rows, axis)
         yield layer([{"batch": start} for start in starts]).mark_rule(opacity=0.2).encode(x=x)
@@ -107,6 +111,7 @@ def outcome_chart(rows: Sequence[Row]) -> Drawing:
     strip = layer(cells).mark_rect().encode(
         x=_batches("first", rows),
         x2="end:Q",
+        y=alt.YDatum("outcome", title=None, axis=LEFT),
         color=alt.Color("outcome:N", title=None, scale=scale),
         tooltip=["outcome:N", "first:Q", "end:Q", "reason:N"],
     )  # fmt: skip
@@ -116,7 +121,7 @@ def outcome_chart(rows: Sequence[Row]) -> Drawing:
         if row["n_refused"]
     ]
     crosses = layer(refused).mark_text(text="✕", fontSize=13, fontWeight="bold")
-    marks = crosses.encode(x=_batches("batch", rows), y=alt.value(13), tooltip=REFUSED)
+    marks = crosses.encode(x=_batches("batch", rows), y=alt.YDatum("outcome"), tooltip=REFUSED)
     return layered(26, strip, marks)
 
 

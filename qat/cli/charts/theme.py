@@ -29,6 +29,8 @@ CELL = 22
 GAPS = alt.Scale(paddingInner=0.08, paddingOuter=0.04)
 
 Row = Mapping[str, Any]
+Number = int | float
+Tip = alt.Tooltip | str
 Drawing = alt.Chart | alt.LayerChart
 
 
@@ -44,7 +46,7 @@ def config(ink: str) -> dict[str, Any]:
         "axis": {**faint, **thin, **text, "titleFontWeight": "normal", "labelLimit": 170},
         "axisX": {"grid": False},
         "axisY": {"titlePadding": 8},
-        "legend": {**text, "orient": "top", "titleFontWeight": "normal", "symbolStrokeWidth": 2},
+        "legend": {**text, "orient": "bottom", "titleFontWeight": "normal", "symbolStrokeWidth": 2},
         "title": {"color": ink, "subtitleColor": ink, "anchor": "start", "fontSize": 13},
         "text": {"color": ink, "fontSize": 11},
         "rule": {"color": ink},
@@ -109,17 +111,19 @@ def in_grid(rows: Sequence[Row], name: str = "layer") -> list[dict[str, Any]]:
     return found
 
 
-def log_axis(values: Sequence[float]) -> dict[str, Any]:
+def log_axis(values: Sequence[Number]) -> dict[str, Any]:
     """Ticks of a logarithmic axis or legend: powers of ten, and 2 and 5 times these if few."""
-    low, high = floor(log10(min(values))), ceil(log10(max(values)))
-    steps = (1,) if high - low > 2 else (1, 2, 5)
-    ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    low, high = min(values), max(values)
+    powers = range(floor(log10(low)), ceil(log10(high)) + 1)
+    steps = (1,) if len(powers) > 3 else (1, 2, 5)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
     form = "datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')"
     return {"values": ticks, "labelExpr": form}
 
 
 def grid(
-    rows: Sequence[Row], colour: alt.Color, tooltip: Sequence[alt.Tooltip], title: str | None = None
+    rows: Sequence[Row], colour: alt.Color, tooltip: Sequence[Tip], title: str | None = None
 ) -> alt.Chart:
     """A cell for each layer: blocks from left to right, what is in a block from top to bottom.
 
@@ -134,7 +138,7 @@ def grid(
     title_x = "block" if OUTSIDE not in blocks else f"block; {OUTSIDE} is outside of them"
     drawing = (
         chart(rows, CELL * len(parts))
-        .mark_rect(cornerRadius=2)
+        .mark_rect(cornerRadius=2, stroke=INK, strokeOpacity=0.3, strokeWidth=0.5)
         .encode(
             x=alt.X("block:N", sort=blocks, title=title_x, scale=GAPS, axis=alt.Axis(labelAngle=0)),
             y=alt.Y("part:N", sort=parts, title=None, scale=GAPS),

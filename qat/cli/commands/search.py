@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat import disk
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.charts.search import bits_chart, frontier_chart, sensitivity_chart
-from qat.cli.charts.theme import save_png
+from qat.cli.charts.theme import Number, save_png
 from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
 from qat.cli.progress import RunJournal
@@ -203,7 +203,7 @@ def _write_sensitivities(folder: Path, omega: Table, chosen: dict[pmq.Slot, int]
     disk.write(folder / "sensitivity.csv", disk.csv_of(rows))
 
 
-def _draw(folder: Path, chosen: tuple[float, float], budget: float | None, measure: str) -> None:
+def _draw(folder: Path, chosen: tuple[Number, Number], budget: Number | None, measure: str) -> None:
     """Pictures of the two tables."""
     rows = read_table(folder / "sensitivity.csv")
     save_png([sensitivity_chart(rows), bits_chart(rows)], folder / "sensitivity.png")

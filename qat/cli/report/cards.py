@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from qat.cli.report.parts import Card
 from qat.cli.report.run import Run
-from qat.cli.report.wording import count, duration, percent, plain, share, size, times
+from qat.cli.report.wording import Number, count, duration, percent, plain, share, size, times
 
 FLOAT_BITS = 32
 BESIDE: dict[str, tuple[tuple[str, str], ...]] = {
@@ -15,7 +15,7 @@ BESIDE: dict[str, tuple[tuple[str, str], ...]] = {
     "error_mean": (("error_source_mean", "without adaptation"),),
 }
 """Results that a result is compared with, the first that a run has, and their names."""
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+MEASURES: dict[str, tuple[str, Callable[[Number], str]]] = {
     "top1": ("Top-1 accuracy", share),
     "error_mean": ("Mean error", share),
     "noise_error": ("Noise error", lambda value: f"{value:.4f}"),
@@ -32,7 +32,7 @@ def cards(run: Run) -> list[Card]:
     return [*_measures(run), *_costs(run)]
 
 
-def float_bytes(run: Run) -> float | None:
+def float_bytes(run: Run) -> Number | None:
     """Bytes of the float model: as written, of the teacher, or 32 bits a parameter."""
     for key in ("size_float_bytes", "size_bytes_teacher"):
         if found := run.numbers(key):
@@ -61,10 +61,10 @@ def _other_side(run: Run, key: str) -> str:
 def _costs(run: Run) -> Iterator[Card]:
     if found := run.numbers("size_bytes"):
         whole = float_bytes(run)
-        ratio = _fewer(whole / found[0], "smaller") if whole and found[0] else ""
+        ratio = _below(whole / found[0]) if whole and found[0] else ""
         yield Card("Size", size(found[0]), ratio)
     if found := run.numbers("bops", "macs"):
-        ratio = _fewer(found[1] * FLOAT_BITS**2 / max(found[0], 1), "fewer")
+        ratio = _below(found[1] * FLOAT_BITS**2 / max(found[0], 1))
         yield Card("BOPs an image", count(found[0]), ratio)
     if found := run.numbers("coverage_macs"):
         yield Card("Below 16 bits", percent(found[0]), "of the MACs")
@@ -77,6 +77,6 @@ def _costs(run: Run) -> Iterator[Card]:
         yield Card("Images", count(found[0]), f"{plain(refused[0])} refused" if refused[0] else "")
 
 
-def _fewer(ratio: float, word: str) -> str:
+def _below(ratio: Number) -> str:
     """How many times less than the float model; nothing where it is the float model."""
-    return f"{times(ratio)} {word} than float" if ratio > 1.05 else ""
+    return f"{times(ratio)} below float" if ratio > 1.05 else ""

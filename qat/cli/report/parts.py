@@ -25,11 +25,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; columns but the first are numbers where `numeric`."""
+    """Rows of text; the columns after the first `num_words` hold numbers, or all words for None."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    numeric: bool = True
+    num_words: int | None = 1
 
 
 @dataclass(frozen=True)

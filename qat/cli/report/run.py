@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qat.cli.report.wording import Number
 from qat.cli.run_folder import RunFolder
 from qat.cli.tables import read_table
 
@@ -43,8 +44,6 @@ class Run:
                 "folder that a command printed at its end"
             )
         metrics = folder.read_metrics() if folder.metrics.is_file() else {}
-        if not isinstance(metrics, dict):
-            raise ValueError(f"'{folder.metrics}' is damaged: it holds no results by name")
         recipe = folder.read_recipe() if folder.recipe.is_file() else {}
         return Run(folder, folder.path.resolve().name, metrics, recipe)
 
@@ -57,7 +56,7 @@ class Run:
         """A result, None where there is none."""
         return self.metrics.get(key)
 
-    def numbers(self, *keys: str) -> list[float] | None:
+    def numbers(self, *keys: str) -> list[Number] | None:
         """Some results, where all of them are there and numbers."""
         found = [self.metrics.get(key) for key in keys]
         return found if all(type(value) in (int, float) for value in found) else None  # type: ignore[return-value]

@@ -4,7 +4,7 @@ from qat.cli.charts.stream import corruption_chart, outcome_chart, stream_chart,
 from qat.cli.charts.theme import spec
 from qat.cli.report.parts import Chart, Note, Part, Section
 from qat.cli.report.run import Run
-from qat.cli.report.wording import plain
+from qat.cli.report.wording import count
 
 COUNTS = {
     "n_adapted": "adapted",
@@ -38,7 +38,8 @@ def adaptation(run: Run) -> Section | None:
     parts: list[Part] = [Note(said)] if said else []
     parts.append(Chart(spec(stream_chart(rows)), "error along the stream", wide=True))
     parts.append(Chart(spec(outcome_chart(rows)), "what became of each batch", wide=True))
-    counts = [f"{plain(run.get(key))} {word}" for key, word in COUNTS.items() if run.numbers(key)]
+    ended = {word: run.numbers(key) or [0] for key, word in COUNTS.items()}
+    counts = [f"{count(number)} {word}" for word, (number,) in ended.items() if number]
     words = (
         "The error along the stream, and below it what became of each batch"
         + (f" ({', '.join(counts)})" if counts else "")

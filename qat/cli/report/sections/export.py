@@ -6,7 +6,7 @@ from qat.cli.charts.costs import beside_float_chart
 from qat.cli.charts.theme import Drawing, spec
 from qat.cli.report.parts import Chart, Part, Section, Table
 from qat.cli.report.run import Run
-from qat.cli.report.wording import duration, plain, size
+from qat.cli.report.wording import Number, duration, plain, size
 
 CHECKS = {
     "n_images": "images compared with the simulated model",
@@ -42,6 +42,6 @@ def export(run: Run) -> Section | None:
     return Section("Exported file", words, parts)
 
 
-def _beside(found: list[float], title: str, form: Callable[[float], str]) -> Drawing:
+def _beside(found: list[Number], title: str, form: Callable[[Number], str]) -> Drawing:
     exact, packed = found
     return beside_float_chart((exact, packed), (form(exact), form(packed)), title)

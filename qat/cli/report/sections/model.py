@@ -13,15 +13,15 @@ def coverage(run: Run) -> Section | None:
     if not rows:
         return None
     parts: list[Part] = [
-        Chart(spec(share_chart(rows)), "shares of the precisions"),
+        Chart(spec(share_chart(rows)), "shares of the widths", wide=True),
         Chart(spec(coverage_chart(rows)), "precision of every layer by block", wide=True),
     ]
     total = sum(row["macs"] for row in rows) or 1
     kept = [[r["layer"], r["reason"], percent(r["macs"] / total)] for r in rows if r["reason"]]
-    if kept and any(row["low_bit"] for row in rows):
-        parts.append(Table(("not below 16 bits", "why", "of the MACs"), kept))
+    if 0 < len(kept) < len(rows):
+        parts.append(Table(("Not below 16 bits", "why", "of the MACs"), kept, num_words=2))
     words = (
-        "Each cell is a matrix product of the model; w4a4 means weights and activations of 4 bits. "
+        "Each cell is a matrix product of the model, coloured by the bits of its wider operand. "
         "Good is little in grey, since what stays in float is neither small nor fast."
     )
     return Section("Precision by layer", words, parts)

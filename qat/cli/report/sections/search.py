@@ -12,8 +12,8 @@ def sensitivities(run: Run) -> Section | None:
     if not rows:
         return None
     words = (
-        "On the left, how much the model loses when one operand alone has few bits; on the right, "
-        "the bits that the plan gives it. Good is many bits where the left map is dark."
+        "The first map shows how much the model loses when one operand alone has few bits, the "
+        "second one the bits that the plan gives it. Good is many bits where the first is dark."
     )
     parts = [
         Chart(spec(sensitivity_chart(rows)), "sensitivity of every operand by block"),

@@ -85,7 +85,7 @@ def signs(run: Run) -> Section | None:
     words = (
         "How unequal the two signs of each binary activation are, mean over its channels: 0 is "
         "half and half, 1 is a channel that always has the same sign and says nothing. Good is a "
-        "right map that is paler than the left one: the shift (ASM) has balanced the signs."
+        "second map that is paler than the first: the shift (ASM) has balanced the signs."
     )
     parts = [
         Chart(spec(balance_grid(rows, key, title)), f"imbalance of signs, {title}")
