@@ -38,7 +38,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         "bits:O", sort=list(BITS.values()), title="for every weight and activation", axis=axis
     )
     shared = {"title": "how the integers' ranges are set", "sort": labels}
-    legend = alt.Legend(orient="bottom-left", direction="vertical", symbolType="stroke", labelLimit=0)
+    legend = alt.Legend(
+        orient="bottom-left", direction="vertical", symbolType="stroke", labelLimit=0
+    )
     lines = layer(points).encode(
         x=x,
         y=y,

@@ -106,4 +106,6 @@ def _colour(rows: Sequence[Row]) -> alt.Color:
     low = [name for name in names if name != "float"]
     colours = [BLUES[round(i * (len(BLUES) - 1) / max(1, len(low) - 1))] for i in range(len(low))]
     scale = alt.Scale(domain=names, range=[*colours, GREY][: len(names)])
-    return alt.Color("width:N", title=None, scale=scale, legend=alt.Legend(columns=5))
+    return alt.Color(
+        "width:N", title=None, scale=scale, legend=alt.Legend(columns=3, symbolStrokeWidth=0)
+    )

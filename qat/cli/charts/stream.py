@@ -85,7 +85,7 @@ def _domains(rows: Sequence[Row]) -> Iterator[alt.Chart]:
         names = json.dumps({str(int(start)): name for start, name in starts.items()})
         axis = alt.Axis(
             orient="top", values=list(starts), labelExpr=f"{names}[datum.value]", title=None,
-            labelAngle=-50, labelAlign="left", labelBaseline="middle", labelPadding=6,
+            labelAngle=-90, labelAlign="left", labelBaseline="middle", labelPadding=6,
             labelOverlap=False, domain=False,
         )  # fmt: skip
         x = _batches("batch", rows, axis)

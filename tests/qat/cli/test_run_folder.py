@@ -251,6 +251,8 @@ def test_fit_leaves_recipe_checkpoints_and_metrics(lsq_run: Path) -> None:
         "config.yaml",
         "metrics.csv",
         "metrics.json",
+        "oscillation.csv",
+        "weights.csv",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
     }

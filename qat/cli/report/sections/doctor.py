@@ -14,4 +14,8 @@ def doctor(run: Run) -> Section | None:
         return None
     table = [[plain(row.get(key)) for key in COLUMNS] for row in rows]
     words = "What the training's own checks found: likely causes of trouble, and what to try."
-    return Section("Findings of the doctor", words, [Table(COLUMNS, table, num_words=None)])
+    return Section(
+        "Findings of the doctor",
+        words,
+        [Table([key.capitalize() for key in COLUMNS], table, num_words=None)],
+    )

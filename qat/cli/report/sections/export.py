@@ -16,8 +16,8 @@ CHECKS = {
     "n_codes_wrong": "codes that differ away from a threshold",
 }
 BESIDE = {
-    ("size_float_bytes", "size_packed_bytes"): ("size of the file", size),
-    ("seconds_per_image_float", "seconds_per_image"): ("time of an image", duration),
+    ("size_float_bytes", "size_packed_bytes"): ("Size of the file", size),
+    ("seconds_per_image_float", "seconds_per_image"): ("Time of an image", duration),
 }
 
 
@@ -33,7 +33,7 @@ def export(run: Run) -> Section | None:
     suffix = "" if run.get("command") == "export" else "_packed"
     checks = {text: run.get(key + suffix) for key, text in CHECKS.items()}
     rows = [[text, plain(value)] for text, value in checks.items() if value is not None]
-    parts: list[Part] = [*charts, *([Table(("check of the file", ""), rows)] if rows else [])]
+    parts: list[Part] = [*charts, *([Table(("Check of the file", ""), rows)] if rows else [])]
     words = (
         "The exported file beside the float model: grey is float in torch, blue is the file run "
         "without torch, both on this machine's processor. Good is a short blue bar, and no code "

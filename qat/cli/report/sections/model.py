@@ -19,7 +19,7 @@ def coverage(run: Run) -> Section | None:
     total = sum(row["macs"] for row in rows) or 1
     kept = [[r["layer"], r["reason"], percent(r["macs"] / total)] for r in rows if r["reason"]]
     if 0 < len(kept) < len(rows):
-        parts.append(Table(("Not below 16 bits", "why", "of the MACs"), kept, num_words=2))
+        parts.append(Table(("Not below 16 bits", "Why", "Of the MACs"), kept, num_words=2))
     words = (
         "Each cell is a matrix product of the model, coloured by the bits of its wider operand. "
         "Good is little in grey, since what stays in float is neither small nor fast."

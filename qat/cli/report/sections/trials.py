@@ -23,5 +23,7 @@ def trials(run: Run) -> Section | None:
         "Each row is one run of the grid. Compare rows of the same seed, which see the same images."
     )
     return Section(
-        "Runs of the grid", words, [Table([key.replace("_", " ") for key in columns], table)]
+        "Runs of the grid",
+        words,
+        [Table([key.replace("_", " ").capitalize() for key in columns], table)],
     )
