@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from qat.cli.charts.theme import PAPER, PICTURE_INK, config, layer
+from qat.cli.charts.theme import layer, layered, pictured
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "ptq.svg"
 METHODS = {
@@ -37,26 +37,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     x = alt.X(
         "bits:O", sort=list(BITS.values()), title="for every weight and activation", axis=axis
     )
-    shared = {"title": "how the integers' ranges are set", "sort": labels}
     legend = alt.Legend(
         orient="bottom-left", direction="vertical", symbolType="stroke", labelLimit=0
     )
+    shared = {"title": "how the integers' ranges are set", "sort": labels, "legend": legend}
     lines = layer(points).encode(
         x=x,
         y=y,
-        color=alt.Color("method:N", **shared, legend=legend).scale(domain=labels, range=colours),
+        color=alt.Color("method:N", **shared).scale(domain=labels, range=colours),
         strokeWidth=alt.StrokeWidth("method:N", **shared).scale(domain=labels, range=widths),
     )
     top1 = rows[0]["top1_float"]
     exact = layer([{"top1": top1, "text": f"32-bit float, {top1:.0%}"}]).encode(y=y)
     text = exact.mark_text(align="right", dy=-8).encode(text="text:N", x=alt.value("width"))
     rule = exact.mark_rule(strokeDash=[4, 3], opacity=0.7)
-    drawn = alt.layer(rule, text, lines.mark_line(point=True))
     title = "Photos that a vision transformer still names right"
-    whole = drawn.properties(width=620, height=280, title=title).to_dict()
-    whole["config"] = {**config(PICTURE_INK), "background": PAPER, "padding": 12}
+    drawn = layered(280, rule, text, lines.mark_line(point=True)).properties(title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(vl_convert.vegalite_to_svg(whole))
+    path.write_text(vl_convert.vegalite_to_svg(pictured([drawn])))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ def unchanged(rows: Sequence[Row], never_adapted: str | None) -> str:
     """
     if never_adapted:
         return f"No batch adapted: {never_adapted}."
-    keys = ("error", "error_source") if "error" in rows[0] else ("agreement",)
-    same = all(row[keys[0]] == (row[keys[1]] if keys[1:] else 1) for row in rows)
+    if "error" in rows[0]:
+        same = all(row["error"] == row["error_source"] for row in rows)
+    else:
+        same = all(row["agreement"] == 1 for row in rows)
     return "Both lines are one: adaptation made no batch better or worse." if same else ""
 
 

@@ -67,7 +67,7 @@ def chart(rows: Sequence[Row], height: int) -> alt.Chart:
 
 def layered(height: int, *layers: alt.Chart | alt.LayerChart) -> alt.LayerChart:
     """Layers above each other, as wide as there is room; the last one is in front."""
-    return alt.layer(*layers).properties(width="container", height=height)
+    return alt.LayerChart(layer=list(layers)).properties(width="container", height=height)
 
 
 def spec(drawing: Drawing) -> dict[str, Any]:
@@ -79,16 +79,22 @@ def spec(drawing: Drawing) -> dict[str, Any]:
     }
 
 
+def pictured(
+    drawings: Sequence[Drawing], ink: str = PICTURE_INK, paper: str | None = PAPER
+) -> dict[str, Any]:
+    """The specification of a picture: charts one below the other; no paper is transparent."""
+    wide = [drawing.properties(width=PICTURE_WIDTH) for drawing in drawings]
+    whole = alt.vconcat(*wide).resolve_scale(color="independent", x="independent").to_dict()
+    return {**whole, "config": {**config(ink), "background": paper, "padding": 12}}
+
+
 def save_png(drawings: Sequence[Drawing], path: Path) -> None:
     """Write charts, one below the other, as a picture.
 
     Raises:
         OSError: If the disk fails.
     """
-    wide = [drawing.properties(width=PICTURE_WIDTH) for drawing in drawings]
-    whole = alt.vconcat(*wide).resolve_scale(color="independent", x="independent").to_dict()
-    whole["config"] = {**config(PICTURE_INK), "background": PAPER, "padding": 12}
-    disk.write(path, vl_convert.vegalite_to_png(whole, scale=SCALE))
+    disk.write(path, vl_convert.vegalite_to_png(pictured(drawings), scale=SCALE))
 
 
 def placed(layer: str) -> tuple[str, str]:
@@ -152,4 +158,5 @@ def grid(
 def written(cells: alt.Chart, field: str, light: str) -> alt.LayerChart:
     """Cells with a number in each, light on those for which an expression holds."""
     ink = alt.condition(light, alt.value("white"), alt.value("#111"))
-    return cells + cells.mark_text(fontSize=11).encode(text=field, color=ink)
+    numbers = cells.mark_text(fontSize=11).encode(text=field, color=ink)
+    return alt.LayerChart(layer=[cells, numbers])

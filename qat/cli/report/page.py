@@ -73,4 +73,4 @@ def _template() -> Any:
 @cache
 def _script() -> str:
     """Vega, Vega-Lite and vega-embed, which draw the charts."""
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle(snippet=None).replace("</script", "<\\/script")

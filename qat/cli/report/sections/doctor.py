@@ -14,8 +14,5 @@ def doctor(run: Run) -> Section | None:
         return None
     table = [[plain(row.get(key)) for key in COLUMNS] for row in rows]
     words = "What the training's own checks found: likely causes of trouble, and what to try."
-    return Section(
-        "Findings of the doctor",
-        words,
-        [Table([key.capitalize() for key in COLUMNS], table, num_words=None)],
-    )
+    names = [key.capitalize() for key in COLUMNS]
+    return Section("Findings of the doctor", words, [Table(names, table, num_words=None)])

@@ -22,8 +22,5 @@ def trials(run: Run) -> Section | None:
     words = (
         "Each row is one run of the grid. Compare rows of the same seed, which see the same images."
     )
-    return Section(
-        "Runs of the grid",
-        words,
-        [Table([key.replace("_", " ").capitalize() for key in columns], table)],
-    )
+    names = [key.replace("_", " ").capitalize() for key in columns]
+    return Section("Runs of the grid", words, [Table(names, table)])
