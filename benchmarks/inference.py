@@ -44,7 +44,7 @@ from qat.plan import Plan
 Run = Callable[[], Any]
 SHAPES = ((384, 1152), (384, 384), (384, 1536), (1536, 384))
 TOKENS = 197
-OURS = "ours"
+OURS, REACT = "ours", "ours, react with A2"
 
 
 def main() -> None:
@@ -64,11 +64,11 @@ def main() -> None:
         linears(console, arguments.rounds)
     for name in arguments.models:
         for batch in arguments.batches:
-            engines, absent = whole(name, batch)
+            engines, sizes, absent = whole(name, batch)
             times = timed(engines, arguments.rounds)
             console.print(report(f"{name}, batch {batch}", times), *absent, sep="\n")
             if arguments.rows is not None:
-                keep(arguments.rows, name, batch, times)
+                keep(arguments.rows, name, batch, times, sizes)
 
 
 def linears(console: Console, rounds: int) -> None:
@@ -111,13 +111,17 @@ def linear_engines(x: torch.Tensor, layer: nn.Linear) -> tuple[dict[str, Run], l
     return engines, []
 
 
-def whole(name: str, batch: int) -> tuple[dict[str, Run], list[str]]:
-    """A model by each engine, and a line for each that is absent."""
+def whole(name: str, batch: int) -> tuple[dict[str, Run], dict[str, int], list[str]]:
+    """A model by each engine, the bytes of its files, and a line for each engine that is absent."""
     images = torch.randn(batch, 3, 224, 224)
     model = qat.timm_model(name).eval()
+    plain, plain_bytes = _packed(name, images)
+    react, react_bytes = _packed(name, images, DynamicShift, react_)
+    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    sizes = {OURS: plain_bytes, REACT: react_bytes, "torch float32": float_bytes}
     engines: dict[str, Run] = {
-        OURS: _packed(name, images),
-        "ours, react with A2": _packed(name, images, DynamicShift, react_),
+        OURS: plain,
+        REACT: react,
         "torch float32": _at("highest", lambda: model(images)),
         "torch medium": _at("medium", lambda: model(images)),
     }
@@ -128,7 +132,7 @@ def whole(name: str, batch: int) -> tuple[dict[str, Run], list[str]]:
                 engines |= make(model, images, Path(folder))
             except ImportError as error:
                 absent.append(f"{label} is absent ({error})")
-    return engines, absent
+    return engines, sizes, absent
 
 
 def _packed(
@@ -136,7 +140,7 @@ def _packed(
     images: torch.Tensor,
     shift: Any = None,
     convert: Callable[..., Any] = qat.convert_,
-) -> Run:
+) -> tuple[Run, int]:
     model = qat.timm_model(name)
     factory = BinaryQuantizers(shift=shift) if shift else BinaryQuantizers()
     convert(model, Plan.load("configs/plans/vit_binary.yaml"), factory)
@@ -144,9 +148,9 @@ def _packed(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.lowbit"
         export_packed(model.eval(), path)
-        packed = runtime.load(path)
+        packed, size = runtime.load(path), path.stat().st_size
     values = images.numpy()
-    return lambda: packed(values)
+    return lambda: packed(values), size
 
 
 def _onnx(model: nn.Module, images: torch.Tensor, folder: Path) -> Path:
@@ -219,7 +223,9 @@ def report(title: str, times: dict[str, list[float]], unit: float = 1e3, name: s
     return table
 
 
-def keep(path: Path, model: str, batch: int, times: dict[str, list[float]]) -> None:
+def keep(
+    path: Path, model: str, batch: int, times: dict[str, list[float]], sizes: dict[str, int]
+) -> None:
     """Add a line for each engine to a file of results."""
     common = {
         "model": model,
@@ -238,6 +244,8 @@ def keep(path: Path, model: str, batch: int, times: dict[str, list[float]]) -> N
                 "times_ours_least": min(ratios),
                 "times_ours_most": max(ratios),
             }
+            if engine in sizes:
+                row["size_bytes"] = sizes[engine]
             file.write(json.dumps(common | row) + "\n")
 
 

@@ -11,22 +11,22 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from qat.cli.charts.theme import layer, layered, pictured
+from qat.cli.charts.theme import BLUE, RED, layer, layered, pictured
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "ptq.svg"
 METHODS = {
-    "mgrq": ("MGRQ: trains block by block, minutes", "#0b5fa5", 2.6),
-    "repq": ("RepQ-ViT: rescales layers, seconds", "#d95f02", 2.0),
-    "mse": ("range of least error", "#7a7a7a", 1.4),
-    "minmax": ("range from smallest to largest", "#b0b0b0", 1.4),
+    "mgrq": ("MGRQ: trains block by block, minutes", BLUE),
+    "repq": ("RepQ-ViT: rescales layers, seconds", RED),
+    "mse": ("range of least error", "#6E7781"),
+    "minmax": ("range from smallest to largest", "#AFB8C1"),
 }
-"""Label, colour and width of each method's line."""
+"""Label and colour of each method's line."""
 BITS = {"w8a8": "8 bits", "w6a6": "6 bits", "w4a4": "4 bits", "w3a3": "3 bits"}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A line a method over bits, and the float model above them."""
-    labels, colours, widths = zip(*METHODS.values(), strict=True)
+    labels, colours = zip(*METHODS.values(), strict=True)
     points = [
         {"bits": BITS[row["bits"]], "method": METHODS[row["method"]][0], "top1": row["top1"]}
         for row in rows
@@ -40,12 +40,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     legend = alt.Legend(
         orient="bottom-left", direction="vertical", symbolType="stroke", labelLimit=0
     )
-    shared = {"title": "how the integers' ranges are set", "sort": labels, "legend": legend}
     lines = layer(points).encode(
         x=x,
         y=y,
-        color=alt.Color("method:N", **shared).scale(domain=labels, range=colours),
-        strokeWidth=alt.StrokeWidth("method:N", **shared).scale(domain=labels, range=widths),
+        color=alt.Color(
+            "method:N",
+            title="how the integers' ranges are set",
+            legend=legend,
+            scale=alt.Scale(domain=labels, range=colours),
+        ),
     )
     top1 = rows[0]["top1_float"]
     exact = layer([{"top1": top1, "text": f"32-bit float, {top1:.0%}"}]).encode(y=y)

@@ -5,6 +5,7 @@ python benchmarks/results.py
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import compress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,6 +36,13 @@ The [rows](results/inference.jsonl) are written by
 
 | model | images | engine | ms | times ours |
 |---|---:|---|---:|---:|
+"""
+FAST = """**What does one bit save?** A binary DeiT-S, packed, beside the fastest float engine.
+One image, one thread of a Xeon with AMX.
+
+| float, bytes | packed, bytes | float, ms ({engine}) | packed, ms | `python` |
+|---:|---:|---:|---:|---|
+| {sizes} | {times} | `benchmarks/inference.py --batches 1` |
 """
 PARITY = """## Does a packed file answer as the model it comes from?
 
@@ -92,14 +100,20 @@ def table(question: Question, runs: list[Run]) -> str:
 
 
 def short_table(question: Question, runs: list[Run]) -> str:
-    """The same for the README, without bands."""
-    heads = ["", *question.columns.values()]
-    lines = [f"**{question.question}** {question.about}", ""]
+    """The same for the README: without bands, a number that all rows share said once."""
+    rows = {row: _cells(question, found) for row in question.rows if (found := _of(row, runs))}
+    titles, columns = list(question.columns.values()), list(zip(*rows.values(), strict=True))
+    differ = [len(rows) < 2 or len(set(column)) > 1 for column in columns]
+    shared = [
+        f"{title.capitalize()}: {column[0]}."
+        for title, column, kept in zip(titles, columns, differ, strict=True)
+        if not kept
+    ]
+    heads = ["", *compress(titles, differ)]
+    lines = [" ".join([f"**{question.question}**", question.about, *shared]), ""]
     lines += [f"| {' | '.join(heads)} | `lowbit-vit` |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
-    for row in question.rows:
-        if found := _of(row, runs):
-            cells = [row.label, *_cells(question, found), f"`{row.command}`"]
-            lines.append(f"| {' | '.join(cells)} |")
+    for row, cells in rows.items():
+        lines.append(f"| {' | '.join([row.label, *compress(cells, differ)])} | `{row.command}` |")
     return "\n".join([*lines, ""])
 
 
@@ -123,6 +137,20 @@ def _shown(value: float) -> str:
     return f"{value:.4f}" if value < 2 else f"{value:,.0f}"
 
 
+def speed_table(path: Path = SPEEDS) -> str:
+    """For the README: DeiT-S by the fastest float engine, and on one bit as a packed file."""
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    rows = [row for row in rows if row["model"] == "deit_small_patch16_224" and row["batch"] == 1]
+    floats = [row for row in rows if row["engine"].endswith("float32")]
+    best = min(floats, key=lambda row: row["seconds_median"])
+    ours, full = (
+        next(row for row in rows if row["engine"] == name) for name in ("ours", "torch float32")
+    )
+    sizes = f"{full['size_bytes']:,} | {ours['size_bytes']:,}"
+    times = f"{1e3 * best['seconds_median']:.1f} | {1e3 * ours['seconds_median']:.1f}"
+    return FAST.format(engine=best["engine"].removesuffix(" float32"), sizes=sizes, times=times)
+
+
 def with_table(text: str, shown: str) -> str:
     """A text with its table replaced."""
     before, _, rest = text.partition(BEGIN)
@@ -134,8 +162,8 @@ def write(page_path: Path = PAGE, readme: Path = README) -> None:
     """Write both."""
     questions, runs = ledger.questions(), ledger.runs()
     page_path.write_text(page(questions, runs))
-    shown = (short_table(question, runs) for question in questions if question.readme)
-    readme.write_text(with_table(readme.read_text(), "\n".join(shown)))
+    shown = [short_table(question, runs) for question in questions if question.readme]
+    readme.write_text(with_table(readme.read_text(), "\n".join([*shown, speed_table()])))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def require_number(found: int, wanted: int, names: ClassNames | None) -> None:
     if found != wanted:
         named = f" ({listed(names)})" if names else ""
         raise ValueError(
-            f"the model has {wanted} classes, the data has {found}{named}; a model that is trained "
-            f"already needs data of its own classes, one to be trained model.model.num_classes {found}"
+            f"the model has {wanted} classes, the data has {found}{named}; give data of the "
+            f"model's classes, or train a model with model.model.num_classes {found}"
         )
 
 
