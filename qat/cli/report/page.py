@@ -73,4 +73,5 @@ def _template() -> Any:
 @cache
 def _script() -> str:
     """Vega, Vega-Lite and vega-embed, which draw the charts."""
-    return vl_convert.javascript_bundle(snippet=None).replace("</script", "<\\/script")
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return bundle.replace("</script", "<\\/script")
