@@ -160,15 +160,13 @@ def speed() -> Iterator[dict[str, Any]]:
         _static_int8(path, products, images.numpy(), ["MatMul", "Gemm", "Conv"])
         export_onnx(quantized(model, symmetric_weights("w8a8"), images), ours)
         one = images[:1].numpy()
+        engines = {"onnxruntime": _in_onnx_runtime}
+        engines |= {"openvino": _in_openvino} if has_openvino() else {}
         runs = {
-            f"onnxruntime {file.stem}": _in_onnx_runtime(file, one)
+            f"{name} {file.stem}": engine(file, one)
+            for name, engine in engines.items()
             for file in (path, theirs, products, ours)
         }
-        if has_openvino():
-            runs |= {
-                f"openvino {file.stem}": _in_openvino(file, one)
-                for file in (path, theirs, products, ours)
-            }
         rounds = [{name: _seconds(run) for name, run in runs.items()} for _ in range(ROUNDS)]
         found = {name: median(each[name] for each in rounds) for name in runs}
     yield {"milliseconds": {name: round(1000 * value, 2) for name, value in found.items()}}
