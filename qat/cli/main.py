@@ -32,8 +32,9 @@ COMMANDS = {
     "quantize",
     "adapt": "adapt a model to a stream of corrupted images, and compare it with the model left "
     "alone",
-    "export": "write a packed file that runs without torch, and compare it with the model",
-    "predict": "name the classes of images without labels, by a checkpoint or a packed file",
+    "export": "write a packed file that runs without torch, or an ONNX file, and compare it with "
+    "the model",
+    "predict": "name the classes of images without labels, by a checkpoint or an exported file",
     "plan": "print every layer, its bits, and predicted bytes, operations and memory; touches no "
     "data",
     "report": "write one HTML page with the results, curves and pictures of runs, side by side",

@@ -40,7 +40,7 @@ SHIPPED = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p
 """The folder of the recipes that come with the package: inside it, or beside it in a checkout."""
 OF_SOME_COMMANDS = frozenset(
     {"grid", "draws", "patchwise", "search", "method", "guard", "stream", "export"}
-    | {"format", "half", "verify"}
+    | {"doctor", "format", "half", "verify"}
 )
 """Sections that not all commands have; the others leave them out."""
 
