@@ -113,23 +113,23 @@ def vit(widths: str, num_images: int) -> Iterator[dict[str, Any]]:
 
 def others() -> Iterator[dict[str, Any]]:
     """Other architectures and grids."""
-    for name, arguments in (("resnet18", {}), ("swin_tiny_patch4_window7_224", SMALL_SWIN)):
-        model = qat.timm_model(name, model_args=arguments).eval()
-        images = torch.randn(4, 3, 224, 224)
-        yield compared(f"{name} w8a8", quantized(model, load_plan("w8a8"), images), images)
-    model = qat.timm_model("vit_tiny_patch16_224", img_size=96, num_classes=10)
-    react_(model, load_plan("w1a1", False), BinaryQuantizers())
-    images = torch.randn(8, 3, 96, 96)
-    qat.calibrate(model, [images])
-    yield compared("binary vit_tiny, 96 pixels, random weights", model.eval(), images)
-    model = mnist_dit(str(ASSETS / "weights" / "dit_mnist.pth"))
     noisy = (torch.randn(40, 1, 28, 28), torch.arange(0, 1000, 25), torch.arange(40) % 10)
     for width in (8, 4):
         dit = mnist_dit(str(ASSETS / "weights" / "dit_mnist.pth"))
         plan = load_plan(f"w{width}a{width}")
         yield compared(f"MNIST DiT w{width}a{width}", quantized(dit, plan, noisy), noisy)
+    model = qat.timm_model("vit_tiny_patch16_224", img_size=96, num_classes=10)
+    react_(model, Plan.load(BINARY), BinaryQuantizers())
+    images = torch.randn(8, 3, 96, 96)
+    qat.calibrate(model, [images])
+    yield compared("binary vit_tiny, 96 pixels, random weights", model.eval(), images)
+    for name, arguments in (("resnet18", {}), ("swin_tiny_patch4_window7_224", SMALL_SWIN)):
+        model = qat.timm_model(name, model_args=arguments).eval()
+        images = torch.randn(4, 3, 224, 224)
+        yield compared(f"{name} w8a8", quantized(model, load_plan("w8a8"), images), images)
 
 
+BINARY = Path(__file__).parents[1] / "configs" / "plans" / "vit_binary.yaml"
 SMALL_SWIN = {"embed_dim": 48, "depths": (2, 2, 2, 2)}
 
 

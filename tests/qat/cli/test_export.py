@@ -160,7 +160,7 @@ def test_export_compares_on_a_folder_of_images_and_states_the_gap_of_half_precis
             ("export", "--ckpt_path", "{model}", "--format", "onnx", "--half", "true"),
             "packed files",
         ),
-        (("test", "--ckpt_path", "absent.onnx"), "no ONNX file"),
+        (("predict", "--ckpt_path", "absent.onnx", "--images", "{photos}"), "no ONNX file"),
         (("export", "--ckpt_path", "{onnx}", "--format", "onnx"), "is an ONNX file"),
         (("test", "--ckpt_path", "{damaged}"), "is damaged"),
         (("predict", "--ckpt_path", "{damaged}", "--images", "{photos}"), "is damaged"),
