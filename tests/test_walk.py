@@ -62,7 +62,7 @@ def test_pages_have_commands_to_walk() -> None:
     """So that a page whose commands are no longer found does not pass in silence."""
     assert len(steps("README.md")) == 2
     verbs = {shlex.split(command)[1] for command in steps("docs/quickstart.md")}
-    assert verbs == {"fit", "test", "quantize", "search", "adapt", "predict", "export"}
+    assert verbs == {"fit", "test", "quantize", "search", "adapt", "predict", "export", "report"}
     assert [page for page in GUIDES if not steps(page)] == ["docs/guides/index.md"]
 
 
