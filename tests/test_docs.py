@@ -65,7 +65,6 @@ def test_every_quantizer_initialiser_and_method_of_adaptation_has_a_page() -> No
 
 @pytest.mark.slow
 def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
