@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell_rank(here)
         _quieten()
         parser = make_parser(name)
-        words = with_kept_recipe(words)
         require_once(words)
-        config = parser.parse_args(with_save_dir(spelled_out(name, words)))
+        words = with_kept_recipe(spelled_out(name, words))
+        config = parser.parse_args(with_save_dir(words))
         status = FAILED
         _run(name, parser, config, words, here)
     except KeyboardInterrupt:

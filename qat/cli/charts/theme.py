@@ -84,8 +84,7 @@ def pictured(
 ) -> dict[str, Any]:
     """The specification of a picture: charts one below the other; no paper is transparent."""
     wide = [drawing.properties(width=PICTURE_WIDTH) for drawing in drawings]
-    apart = dict.fromkeys(("x", "color", "strokeWidth"), "independent")
-    whole = alt.vconcat(*wide).resolve_scale(**apart).to_dict()
+    whole = alt.vconcat(*wide).resolve_scale(x="independent", color="independent").to_dict()
     return {**whole, "config": {**config(ink), "background": paper, "padding": 12}}
 
 

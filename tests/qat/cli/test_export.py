@@ -27,9 +27,9 @@ def exported(binary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def onnx_file(binary_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same student as an ONNX file."""
+    """The same student as an ONNX file, with the checkpoint given by the short flag."""
     folder = tmp_path_factory.mktemp("exports") / "onnx"
-    words = ("--ckpt_path", binary_run / "checkpoints" / "last.ckpt", "--run_dir", folder)
+    words = ("--model", binary_run / "checkpoints" / "last.ckpt", "--run_dir", folder)
     assert run("export", "--format", "onnx", "--verify", "40", *words) == 0
     return folder / "model.onnx"
 
