@@ -45,10 +45,16 @@ def trackers(session: Session) -> Iterator[list[Logger]]:
     _tell(loggers, _end)
 
 
-def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> None:
-    """Write `metrics.json`, and tell the trackers what the run leaves.
+def finish(
+    folder: RunFolder,
+    loggers: list[Logger],
+    items: dict[str, Any],
+    draw: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `metrics.json`, draw, and tell the trackers what the run leaves.
 
     JSON knows no number that is not finite: `null` stands for it, and its key in `not_finite`.
+    Pictures come after the numbers, which a picture that fails does not cost.
 
     Raises:
         ValueError: If there was one, after all is written.
@@ -56,6 +62,7 @@ def finish(folder: RunFolder, loggers: list[Logger], items: dict[str, Any]) -> N
     kept, broken = finite(items)
     folder.write_metrics(kept | ({"not_finite": broken} if broken else {}))
     report(loggers, items)
+    draw()
     _tell(loggers, lambda logger: exhibit(logger, folder.path, kept))
     if broken:
         raise ValueError(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import altair as alt
 
@@ -18,7 +19,9 @@ from qat.cli.charts.theme import (
     chart,
     layer,
     layered,
+    save_png,
 )
+from qat.cli.tables import read_table
 
 SMOOTHING = 0.2
 """Share of a batch in the running mean that is drawn."""
@@ -30,6 +33,19 @@ LEFT = alt.Axis(minExtent=52)
 """Room beside the plot, the same for both charts, so that their batches stand in line."""
 REFUSED = ("batch:Q", "refused:Q", "reason:N")
 OUTCOMES = {"adapted": BLUE, "kept": GREY, "skipped": SKY, "rolled back": ORANGE, "reset": RED}
+
+
+def save_stream(table: Path, never_adapted: str | None, picture: Path) -> None:
+    """Draw the error along a stream, and what became of each batch.
+
+    Args:
+        table: The `stream.csv` of a run.
+        never_adapted: Why nothing was adapted, if so.
+        picture: The PNG file that is written.
+    """
+    rows = read_table(table)
+    said = unchanged(rows, never_adapted)
+    save_png([stream_chart(rows, said), outcome_chart(rows)], picture)
 
 
 def unchanged(rows: Sequence[Row], never_adapted: str | None) -> str:

@@ -1,6 +1,7 @@
 """`adapt`: test-time adaptation over a stream of corrupted images, beside the unadapted model."""
 
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +21,13 @@ from qat.cli.arguments import (
     add_run_arguments,
     add_training_arguments,
 )
-from qat.cli.charts.stream import outcome_chart, stream_chart, unchanged
-from qat.cli.charts.theme import save_png
+from qat.cli.charts.stream import save_stream
 from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
 from qat.cli.start import is_quantized, loaded, started
-from qat.cli.tables import read_table
 from qat.cli.trackers import finish, report, trackers
 from qat.cli.training import with_teacher
 from qat.component import describe
@@ -195,10 +194,9 @@ def adapt(session: Session, shared: Path | None = None) -> None:
         report(loggers, errors)
         if not stream.labelled and adapter.own.numel():
             files.save(adapter.adapted(), folder / "adapted.ckpt")
-        rows = read_table(table)
-        said = unchanged(rows, items.get("never_adapted"))
-        save_png([stream_chart(rows, said), outcome_chart(rows)], folder / "stream.png")
-        finish(session.folder, loggers, items)
+        never = items.get("never_adapted")
+        draw = partial(save_stream, table, never, folder / "stream.png")
+        finish(session.folder, loggers, items, draw)
 
 
 def compare(session: Session) -> None:

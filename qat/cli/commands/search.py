@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -153,8 +154,9 @@ def run(session: Session) -> None:
             "n_frontier": len(front.costs),
             **model_items(found),
         }
-        finish(session.folder, loggers, items)
-    _draw(folder, (items["cost"], loss), budget, settings.measure)
+        chosen = (items["cost"], loss)
+        draw = partial(_draw, folder, chosen, budget, settings.measure)
+        finish(session.folder, loggers, items, draw)
     rows = {f"cost, {settings.measure}": ("cost", "{:,.6g}"), **ROWS}
     show(session.folder.read_metrics(), rows, "Search")
     console.print(f"plan: {folder / 'plan.yaml'}")

@@ -206,7 +206,7 @@ def test_training_survives_an_evaluation_that_fails(
 def test_stream_survives_a_plot_that_fails(
     line: Line, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapt, "stream_plot", _raise)
+    monkeypatch.setattr(adapt, "save_stream", _raise)
     stream = ("--stream.style", "cifar", "--stream.num_images", 10, "--stream.batch_size", 10)
     words = ("--config", FLOAT, "--ckpt_path", teacher, "--run_dir", tmp_path / "run", *stream)
     line("adapt", *words)
