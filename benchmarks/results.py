@@ -14,8 +14,8 @@ from qat.cli import ledger
 from qat.cli.ledger import Question, Row
 
 PAGE, README = ledger.ROOT / "docs" / "results.md", ledger.ROOT / "README.md"
-SPEEDS, PARITIES = (
-    ledger.ROOT / "docs" / "results" / f"{name}.jsonl" for name in ("inference", "parity")
+SPEEDS, PARITIES, ONNX_FILES = (
+    ledger.ROOT / "docs" / "results" / f"{name}.jsonl" for name in ("inference", "parity", "onnx")
 )
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 Run = dict[str, Any]
@@ -37,12 +37,12 @@ The [rows](results/inference.jsonl) are written by
 | model | images | engine | ms | times ours |
 |---|---:|---|---:|---:|
 """
-FAST = """**What does one bit save?** A binary DeiT-S, packed, beside the fastest float engine.
-One image, one thread of a Xeon with AMX.
+FAST = """**What does one bit save?** A binary DeiT-S of random weights, packed, beside the fastest
+float engine. One image, one thread of a Xeon with AMX.
 
-| float, bytes | packed, bytes | float, ms ({engine}) | packed, ms | `python` |
+| float, bytes | packed, bytes | float, ms ({engine}) | packed, ms | command |
 |---:|---:|---:|---:|---|
-| {sizes} | {times} | `benchmarks/inference.py --batches 1` |
+| {sizes} | {times} | `python benchmarks/inference.py --batches 1` |
 """
 PARITY = """## Does a packed file answer as the model it comes from?
 
@@ -57,14 +57,28 @@ The [rows](results/parity.jsonl) hold more.
 | model | images | agree | median gap | worst | on threshold | faults | codes | others | command |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---|
 """
+ONNX = """## Does an ONNX file answer as the model it comes from?
+
+The simulated model and its ONNX file in ONNX Runtime. *Faults* are gaps of the logits that do not
+begin with a value on the threshold between two codes. *On integers* counts matrix products.
+When a code flips, a coarse model moves as far as its gaps, as the text above says.
+The [rows](results/onnx.jsonl) are written by `python benchmarks/onnx_parity.py vit`, then `others`
+and `families`.
+
+| model | images | same class | median gap | worst gap | faults | codes | wrong | on integers |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|
+"""
 
 
 def page(questions: Iterable[Question], runs: list[Run]) -> str:
     """The page of all questions."""
     parts = [_section(question, runs) for question in questions]
-    return "\n".join(
-        [HEAD, *parts, SPEED + _lines(_speed, SPEEDS), PARITY + _lines(_parity, PARITIES)]
+    tables = (
+        SPEED + _lines(_speed, SPEEDS),
+        PARITY + _lines(_parity, PARITIES),
+        ONNX + _lines(_onnx, ONNX_FILES),
     )
+    return "\n".join([HEAD, *parts, *tables])
 
 
 def _lines(line: Callable[[Run], str], path: Path) -> str:
@@ -85,6 +99,14 @@ def _parity(row: Run) -> str:
     counts = f"{row['n_images']:,} | {row['agreement']:.4f} | {gaps} | {traced}"
     codes = f"{row['n_codes']:,} | {row['n_codes_wrong'] + row['n_codes_on_threshold']:,}"
     return f"{row['model']} | {counts} | {codes} | `{row['command']}`"
+
+
+def _onnx(row: Run) -> str:
+    gaps = f"{row['logit_gap_median']:.1e} | {row['logit_gap']:.1e}"
+    codes = f"{row['n_faults']} | {row['n_codes']:,} | {row['n_codes_wrong']}"
+    integers = f"{row['n_products_int_onnxruntime']} of {row['n_products']}"
+    counts = f"{row['n_images']} | {row['agreement']:.2f} | {gaps} | {codes} | {integers}"
+    return f"{row['name']} | {counts}"
 
 
 def _section(question: Question, runs: list[Run]) -> str:
@@ -111,9 +133,10 @@ def short_table(question: Question, runs: list[Run]) -> str:
     ]
     heads = ["", *compress(titles, differ)]
     lines = [" ".join([f"**{question.question}**", question.about, *shared]), ""]
-    lines += [f"| {' | '.join(heads)} | `lowbit-vit` |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
+    lines += [f"| {' | '.join(heads)} | command |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
     for row, cells in rows.items():
-        lines.append(f"| {' | '.join([row.label, *compress(cells, differ)])} | `{row.command}` |")
+        shown = " | ".join([row.label, *compress(cells, differ)])
+        lines.append(f"| {shown} | `lowbit-vit {row.command}` |")
     return "\n".join([*lines, ""])
 
 
