@@ -55,6 +55,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
         from qat.export.graph import ordered_
     inputs = tuple(torch.cat([x, x]) for x in example_inputs(model))
     program = _program(_with_stand_ins(model, inputs), inputs)
+    _require_any_batch(program.model)
     ends = ordered_(program.model)
     counted = cost(model)
     costs = cost_items(counted) | {"coverage": coverage_rows(counted)}
@@ -108,6 +109,20 @@ def _program(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         raise ValueError(
             f"torch cannot export this model to ONNX ({type(cause).__name__}: {line:.200})"
         ) from None
+
+
+def _require_any_batch(graph: Any) -> None:
+    """Refuse what torch has bound to the batch that it saw, without a word.
+
+    Raises:
+        ValueError: If an input has a batch of one size.
+    """
+    for value in graph.graph.inputs:
+        if isinstance(size := value.shape[0], int):
+            raise ValueError(
+                f"torch can export this model for batches of {size} only: something in its forward "
+                "pass turns their size into a number, as len(images) does; use images.shape[0]"
+            )
 
 
 def _shapes(model: nn.Module, count: int) -> tuple[Any, ...]:

@@ -9,8 +9,9 @@ Apart from that every grid is given the simulated model's values, and its codes 
 a weight is a grid of the exported model, which takes nothing, its values are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -167,13 +168,19 @@ def _compare(
     values = {name: _values(simulated, exported, name, x) for name, x in theirs.items()}
     for name, x in theirs.items():
         _count_codes(name, exported.grids[name], x, values[name], found)
+
+    @cache
+    def differ(name: str) -> np.ndarray:
+        if name in ours:
+            return _made(exported.grids[name], ours[name]) != values[name]
+        return _crossed(exported.grids[name], theirs[name], NEAR * np.abs(theirs[name]))
+
     gaps = np.abs(logits - expected).max(1)
     for i, gap in enumerate(gaps):
         if not gap <= ROUNDING * max(1, np.abs(expected[i]).max()):
             image = len(found.gaps) + i
-            found.differences.append(
-                _first_difference(image, i, float(gap), exported, theirs, ours, values)
-            )
+            of = partial(_of_image, place=i, count=len(gaps))
+            found.differences.append(_first_difference(image, float(gap), of, theirs, ours, differ))
     found.gaps += gaps.tolist()
     found.agreed += (logits.argmax(1) == expected.argmax(1)).tolist()
 
@@ -212,35 +219,49 @@ def _crossed(grid: Grid | OnnxGrid, x: np.ndarray, near: np.ndarray) -> np.ndarr
     return _made(grid, x - near) != _made(grid, x + near)
 
 
+def _of_image(x: np.ndarray, place: int, count: int) -> np.ndarray:
+    """What of an array belongs to one of some images: its row, or its windows.
+
+    Whatever does not divide among the images, such as a table of positions, belongs to each.
+    """
+    share, rest = divmod(len(x), count)
+    return x if rest else x[place * share : (place + 1) * share]
+
+
 def _first_difference(
     image: int,
-    row: int,
     gap: float,
-    exported: Exported,
+    of: Callable[[np.ndarray], np.ndarray],
     theirs: Inputs,
     ours: Inputs,
-    values: Inputs,
+    differ: Callable[[str], np.ndarray],
 ) -> Difference:
     """The first grid that has other codes in the two runs of an image.
 
     The native operation of a binary attention does not show its map. Where a value of the map sat
     on its threshold and no threshold explains what differs behind it, the map is that grid.
+
+    Args:
+        image: Its number.
+        gap: Of its logits.
+        of: What of an array belongs to it.
+        theirs: Inputs of the grids in the simulated model.
+        ours: The same in the model of the file, where it shows them.
+        differ: Where the codes of a grid differ; where a value is on its threshold if unseen.
     """
     unseen = None
     for name, x in theirs.items():
-        if name not in ours:
-            crossed = _crossed(exported.grids[name], x[row], NEAR * np.abs(x[row]))
-            unseen = unseen or (name if crossed.any() else None)
+        parts = of(differ(name))
+        if not parts.any():
             continue
-        made = _made(exported.grids[name], ours[name][row : row + 1])
-        differ = made != values[name][row : row + 1]
-        if differ.any():
-            one, other = theirs[name][row : row + 1][differ], ours[name][row : row + 1][differ]
-            apart = float(np.abs(one - other).max())
-            rounding = NEAR * max(1.0, float(np.abs(theirs[name][row]).max()))
-            if apart > rounding and unseen is not None:
-                return Difference(image, gap, unseen, 0.0, True)
-            return Difference(image, gap, name, apart, apart <= rounding)
+        if name not in ours:
+            unseen = unseen or name
+            continue
+        apart = float(np.abs(of(x)[parts] - of(ours[name])[parts]).max())
+        explained = apart <= NEAR * max(1.0, float(np.abs(of(x)).max()))
+        if explained or unseen is None:
+            return Difference(image, gap, name, apart, explained)
+        return Difference(image, gap, unseen, 0.0, True)
     return Difference(image, gap, None, 0.0, False)
 
 

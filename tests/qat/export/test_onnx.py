@@ -23,6 +23,7 @@ from qat.export.onnx import export_onnx
 from qat.export.runtimes import OnnxModel
 from qat.export.verify import verify
 from qat.plan import load_plan
+from qat.preprocessing import Preprocessing
 from qat.quantizers import LSQ, Affine, DynamicToken, LogSqrt2, PerOperand, TanQ, TwinLog
 from qat.transforms.linear import Hadamard, Transforms
 from tests.conftest import make_tiny_vit
@@ -101,6 +102,50 @@ def test_every_grid_and_every_answer_is_that_of_the_model(kind: str, files: Any)
     found.require_same()
     assert found.num_codes > 10_000 and not found.wrong
     assert len(OnnxModel(path).grids) == sum(1 for _ in qat.quantizers.quantizers(model))
+
+
+class Windowed(nn.Module):
+    """Windows of an image one below the other, and a table of no image, as Swin has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(3, 4))
+        self.positions, self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def count(self, images: Tensor) -> int:
+        return images.shape[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        windows = images.reshape(-1, 3, 4) + self.positions(self.table)
+        return self.head(self.mix(windows).reshape(self.count(images), -1, 4).mean(1))
+
+
+def test_a_difference_is_traced_where_an_image_has_several_rows_or_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seen = Preprocessing((1, 4, 6), (0.0,), (1.0,), "bilinear", 1.0, "center")
+    model = qat.adopt(Windowed(), preprocessing=seen)
+    qat.convert_(model, load_plan("w8a8"), Affine)
+    qat.calibrate(model, [images := torch.randn(3, 1, 4, 6)])
+    export_onnx(model.eval(), tmp_path / "right.onnx")
+    verify(model, OnnxModel(tmp_path / "right.onnx"), [images]).require_same()
+    _altered(tmp_path / "right.onnx", tmp_path / "wrong.onnx", "positions.bias")
+    found = verify(model, OnnxModel(tmp_path / "wrong.onnx"), [images])
+    assert [one.grid for one in found.faults] == ["mix.input_quantizer"] * 3
+
+
+class Counting(Windowed):
+    """Asks for a number of images, which torch takes for a constant."""
+
+    def count(self, images: Tensor) -> int:
+        return len(images)
+
+
+def test_a_model_that_would_take_one_size_of_batch_is_refused(tmp_path: Path) -> None:
+    seen = Preprocessing((1, 4, 6), (0.0,), (1.0,), "bilinear", 1.0, "center")
+    model = qat.adopt(Counting(), preprocessing=seen).eval()
+    with pytest.raises(ValueError, match=r"batches of 2 only.*use images\.shape\[0\]"):
+        export_onnx(model, tmp_path / "fixed.onnx")
+    assert not (tmp_path / "fixed.onnx").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
