@@ -24,7 +24,7 @@ class GradientMethod(Method):
 
     Attributes:
         optimizer: The rule of descent.
-        balance: What stands in for entropy and cross-entropy, such as `qat.tta.ABL`.
+        balance: What stands in for entropy and cross-entropy, such as `qat.tta.ABL1`.
         prior: Batch normalization uses n / (n + prior) parts of the statistics of a batch of n,
             the rest its own. No effect on other normalization, which has none.
     """
