@@ -1,6 +1,6 @@
 """From the start of a process to its first answer, and its memory: a binary DeiT-S, no torch.
 
-    python benchmarks/start.py --rounds 9
+    python benchmarks/first_answer.py --rounds 9
 
 Each round is a process of its own that imports the runtime, loads the file and names the class of
 one image. Seconds are processor time of that process, its start included; memory is the most that
