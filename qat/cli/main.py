@@ -19,7 +19,7 @@ import qat
 from qat.cli.causes import cause
 from qat.cli.kept import with_kept_recipe
 from qat.cli.mistakes import told
-from qat.cli.processes import Processes, started
+from qat.cli.processes import Processes, processes_in
 from qat.cli.shorthand import spelled_out
 from qat.cli.words import of_trainer, require_once, with_save_dir
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _no_command(name)
     status, parser = UNUSABLE, None
     try:
-        here = replace(started(os.environ), alone=name in IN_ONE_PROCESS)
+        here = replace(processes_in(os.environ), alone=name in IN_ONE_PROCESS)
         _tell_rank(here)
         _quieten()
         parser = make_parser(name)

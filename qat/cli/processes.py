@@ -50,7 +50,7 @@ ONE = Processes()
 """A process that nobody started to be one of several."""
 
 
-def started(environment: Mapping[str, str]) -> Processes:
+def processes_in(environment: Mapping[str, str]) -> Processes:
     """The processes that an environment speaks of; one alone where its variables do not add up.
 
     Raises:
@@ -88,7 +88,7 @@ def placed(trainer: Any, here: Processes) -> dict[str, Any]:
     Raises:
         ValueError: If the recipe wants another number of processes than were started.
     """
-    wanted = processes_of(trainer)
+    wanted = num_processes(trainer)
     if here.starter == "SLURM" and (here.alone or wanted in (None, 1)):
         raise ValueError(
             f"SLURM_NTASKS is {here.count} and SLURM_PROCID says that this is one of them, but "
@@ -124,7 +124,7 @@ def placed(trainer: Any, here: Processes) -> dict[str, Any]:
 def left_aside(trainer: Any, here: Processes) -> str:
     """What of a recipe and of an environment has no effect on a run in one process."""
     found = [f"the other {here.count - 1} that {here.starter} started"] * (here.count > 1)
-    if (processes_of(trainer) or 1) > 1:
+    if (num_processes(trainer) or 1) > 1:
         found.append(f"trainer.devices {trainer.devices} on {trainer.num_nodes} machines")
     if trainer.strategy != "auto":
         found.append(
@@ -133,7 +133,7 @@ def left_aside(trainer: Any, here: Processes) -> str:
     return ", ".join(found)
 
 
-def processes_of(trainer: Any) -> int | None:
+def num_processes(trainer: Any) -> int | None:
     """Processes that a recipe wants; None where it leaves that open."""
     devices = trainer.devices
     if devices in ("auto", -1, "-1"):

@@ -12,7 +12,7 @@ from qat.export.runtimes import is_onnx
 from qat.quantizers import Phase, quantizers
 
 
-def started(session: Session) -> Session:
+def from_checkpoint(session: Session) -> Session:
     """The session whose recipe starts from the float model of `--ckpt_path`, where there is one.
 
     For commands that quantize, to which a teacher is nothing but a model to start from.

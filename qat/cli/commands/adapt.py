@@ -27,7 +27,7 @@ from qat.cli.evaluation import model_items
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
-from qat.cli.start import is_quantized, loaded, started
+from qat.cli.start import from_checkpoint, is_quantized, loaded
 from qat.cli.trackers import finish, report, trackers
 from qat.cli.training import with_teacher
 from qat.component import describe
@@ -275,7 +275,7 @@ def _model(session: Session) -> tuple[nn.Module, Initialise | None]:
     path, plan = session.config.ckpt_path, session.config.model.plan
     if path not in (None, "last") and (plan is None or is_quantized(path)):
         return loaded(session), None
-    module = started(with_teacher(session)).module()
+    module = from_checkpoint(with_teacher(session)).module()
     return module.model, module.initialise if plan is not None else None
 
 

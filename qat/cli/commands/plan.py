@@ -11,7 +11,7 @@ from qat.cli.console import check_coverage, console
 from qat.cli.grid import choices
 from qat.cli.recipe import load_recipe
 from qat.cli.session import Session
-from qat.cli.start import is_quantized, started
+from qat.cli.start import from_checkpoint, is_quantized
 from qat.cost.count import Cost, activation_bytes, cost
 from qat.cost.coverage import claim_lines, plan_table, totals_table
 from qat.export.pack import packed_bytes
@@ -61,7 +61,7 @@ def build(session: Session) -> nn.Module:
     config = session.config
     if (path := config.ckpt_path) is not None:
         as_it_is = config.model.plan is None or is_quantized(path)
-        return files.load(path) if as_it_is else started(session).model()
+        return files.load(path) if as_it_is else from_checkpoint(session).model()
     if config.model.model is None and config.model.teacher is None and config.teacher_config:
         recipe = load_recipe(config.teacher_config)  # the student will be a copy of this model
         session = session.changed({"model.model": Namespace(**recipe["model"]["model"])})

@@ -22,7 +22,7 @@ from qat.cli.evaluation import model_items, patchwise_as_asked
 from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
-from qat.cli.start import started
+from qat.cli.start import from_checkpoint
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_judge, with_teacher
 from qat.lightning.tasks import Task
@@ -48,7 +48,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 @in_run_folder
 def run(session: Session) -> None:
     """Quantize once, or once for each choice of the grid, and print a table."""
-    session = started(session)
+    session = from_checkpoint(session)
     if session.config.grid is None:
         quantize(session)
         show(session.folder.read_metrics(), {**session.task().rows, **ROWS})

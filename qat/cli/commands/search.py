@@ -18,7 +18,7 @@ from qat.cli.console import check_coverage, console, say_untrained, show
 from qat.cli.evaluation import model_items
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
-from qat.cli.start import started
+from qat.cli.start import from_checkpoint
 from qat.cli.tables import read_table
 from qat.cli.trackers import finish, trackers
 from qat.cli.training import with_teacher
@@ -90,7 +90,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 @in_run_folder
 def run(session: Session) -> None:
     """Measure, choose, write the plan, and check that it loads and converts."""
-    session = started(session)
+    session = from_checkpoint(session)
     session.require_new()
     session.prepare()
     folder, config = session.folder.path, session.config

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pytorch_lightning.utilities import rank_zero_only
 
-from qat.cli.processes import ONE, Processes, left_aside, placed, processes_of, started
+from qat.cli.processes import ONE, Processes, left_aside, num_processes, placed, processes_in
 from tests import runs
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -49,7 +49,7 @@ def _trainer(devices: Any = "auto", nodes: int = 1, strategy: str = "auto") -> S
     ],
 )
 def test_process_knows_who_started_it(variables: dict[str, str], expected: Processes) -> None:
-    assert started(variables) == expected
+    assert processes_in(variables) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_process_knows_who_started_it(variables: dict[str, str], expected: Proce
     ids=str,
 )
 def test_variables_that_are_left_over_mean_nothing(variables: dict[str, str]) -> None:
-    found = started(variables)
+    found = processes_in(variables)
     assert found.first and found.count == 1
     assert placed(_trainer(), found) == placed(_trainer(1), found) == {}
 
 
 def test_variable_that_is_no_number_is_named() -> None:
     with pytest.raises(ValueError, match="SLURM_NTASKS must be a number, got '2x'"):
-        started({"SLURM_NTASKS": "2x"})
+        processes_in({"SLURM_NTASKS": "2x"})
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_variable_that_is_no_number_is_named() -> None:
     [("auto", None), (-1, None), (2, 2), ("2", 2), ("0,1", 2), ("3,", 1), ([0, 2], 2)],
 )
 def test_devices_of_a_recipe_are_counted_as_lightning_does(devices: Any, count: Any) -> None:
-    assert processes_of(_trainer(devices)) == count
-    assert processes_of(_trainer(devices, nodes=3)) == (count and 3 * count)
+    assert num_processes(_trainer(devices)) == count
+    assert num_processes(_trainer(devices, nodes=3)) == (count and 3 * count)
 
 
 def test_torchrun_decides_where_the_recipe_leaves_it_open() -> None:
-    assert placed(_trainer(), started(TORCHRUN)) == {"devices": 2, "num_nodes": 2}
-    assert placed(_trainer(2, nodes=2), started(TORCHRUN)) == {}
+    assert placed(_trainer(), processes_in(TORCHRUN)) == {"devices": 2, "num_nodes": 2}
+    assert placed(_trainer(2, nodes=2), processes_in(TORCHRUN)) == {}
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_numbers_that_disagree_are_refused_with_the_variable(
     variables: dict[str, str], trainer: SimpleNamespace, name: str
 ) -> None:
     with pytest.raises(ValueError, match=name):
-        placed(trainer, started(variables))
+        placed(trainer, processes_in(variables))
 
 
 def test_processes_that_nobody_would_start_are_refused() -> None:
     with pytest.raises(ValueError, match=r"LOCAL_RANK is set without WORLD_SIZE, MASTER_ADDR"):
-        placed(_trainer(2), started({"LOCAL_RANK": "1"}))
+        placed(_trainer(2), processes_in({"LOCAL_RANK": "1"}))
 
 
 def test_machines_that_nobody_started_are_not_waited_for() -> None:
