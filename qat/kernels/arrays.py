@@ -1,14 +1,18 @@
 """Arrays as the kernels read them: checked, contiguous, with an address."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Bits = NDArray[np.uint64]
+Lay = Callable[[Array, int], Array]
+"""Lays out the bits of a weight (outputs, words) of so many inputs."""
 
 PANEL = 32
 """Columns of a prepared weight that belong together."""
@@ -19,7 +23,7 @@ def words(k: int) -> int:
     return -(-k // 64)
 
 
-def panels_of(n: int, width: int, dtype: Any) -> NDArray[Any]:
+def panels_of(n: int, width: int, dtype: Any) -> Array:
     """Memory of a prepared weight; starts at a multiple of 64 bytes, for whole loads."""
     n = -(-n // PANEL) * PANEL
     memory = np.empty(n * width * np.dtype(dtype).itemsize + 64, np.uint8)
@@ -27,14 +31,14 @@ def panels_of(n: int, width: int, dtype: Any) -> NDArray[Any]:
     return memory[start : memory.size - 64 + start].view(dtype).reshape(n, width)
 
 
-def address(x: NDArray[Any]) -> int:
+def address(x: Array) -> int:
     """Where an array starts; `x.ctypes` takes eight times as long."""
     if x.size and x.flags.writeable:
         return ctypes.addressof(ctypes.c_char.from_buffer(x))  # type: ignore[arg-type]
     return x.ctypes.data
 
 
-def checked(name: str, x: NDArray[Any], dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+def checked(name: str, x: Array, dtype: Any, shape: tuple[int, ...]) -> Array:
     """The array as the kernels read it: contiguous, of the type and the shape."""
     if x.dtype != dtype or x.shape != shape:
         wanted = f"{np.dtype(dtype)} {shape}"
@@ -52,7 +56,7 @@ def thresholds_of(threshold: Floats, groups: int, k: int) -> Floats:
     return floats("threshold", threshold, groups if len(threshold) != 1 else 1, k)
 
 
-def pairs_of(values: NDArray[Any]) -> Integers:
+def pairs_of(values: Array) -> Integers:
     """Rows of 16-bit integers, two to an element, a last single one with a zero."""
     rows, k = values.shape
     padded = np.zeros((rows, k + k % 2), np.int16)

@@ -4,20 +4,14 @@ Its layers may be `react` layers, its thresholds may follow the image, heads may
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qat.kernels.arrays import checked, floats, require_multiple, words
+from qat.kernels.arrays import Array, Lay, checked, floats, require_multiple, words
 
-Array = NDArray[Any]
-Optional = Array | None
 Pair = tuple[Array, Array]
-Lay = Callable[[Array, int], Array]
-"""Lays out the bits of a weight (outputs, words) of so many inputs."""
 
 _OF_LAYER = (
     *("threshold", "gain", "weight", "scale", "bias"),
@@ -56,18 +50,19 @@ class BinaryLayer:
 
     Attributes:
         threshold: Of its input (inputs,).
-        gain: Weight of the input's mean over tokens in the threshold; None for none.
+        gain: Weight of the input's mean over tokens in the threshold (inputs,); None for none.
         weight: Bits (outputs, words).
-        scale: Of each output.
-        bias: Of each output, or None.
-        tail: Weight and bias of the norm, `before`, `slope` and `after` of a `react` layer.
+        scale: Of each output (outputs,).
+        bias: Of each output (outputs,), or None.
+        tail: Weight and bias of the norm, `before`, `slope` and `after` of a `react` layer, each
+            (outputs,); None of a plain one.
     """
 
     threshold: Array
-    gain: Optional
+    gain: Array | None
     weight: Array
     scale: Array
-    bias: Optional
+    bias: Array | None
     tail: tuple[Array, ...] | None
 
     @property
@@ -80,7 +75,7 @@ class BinaryLayer:
         """Features of its output."""
         return len(self.scale)
 
-    def arrays(self, lay: Lay) -> Iterator[Optional]:
+    def arrays(self, lay: Lay) -> Iterator[Array | None]:
         """Its arrays, in the order of `LayerArguments`."""
         n, k = self.outputs, self.inputs
         yield _floats(self.threshold, k)
@@ -95,11 +90,11 @@ class BinaryBlock:
     """What the block computes with.
 
     Attributes:
-        norm1: Weight and bias of the first LayerNorm.
+        norm1: Weight and bias of the first LayerNorm, each (width,).
         qkv: The layer that gives queries, keys and values.
         vector_threshold: Of the signs of these (3 * width,).
-        vector_gain: Weight of their mean over tokens; None for none.
-        context: Weight and bias of the norm of the context (width of a head,), to which query, key
+        vector_gain: Weight of their mean over tokens (3 * width,); None for none.
+        context: Weight and bias of the norm of the context, each (head_dim,), to which query, key
             and value are added; None where there is no such shortcut.
         proj: The layer behind attention.
         norm2: As `norm1`.
@@ -115,7 +110,7 @@ class BinaryBlock:
     norm1: Pair
     qkv: BinaryLayer
     vector_threshold: Array
-    vector_gain: Optional
+    vector_gain: Array | None
     context: Pair | None
     proj: BinaryLayer
     norm2: Pair
@@ -154,7 +149,7 @@ class BinaryBlock:
                 require_multiple(layer.inputs, layer.outputs)
         return layers
 
-    def arrays(self) -> Iterator[Optional]:
+    def arrays(self) -> Iterator[Array | None]:
         """Arrays outside its layers, in the order of `Arguments`."""
         for part in self.norm1:
             yield _floats(part, self.width)
@@ -166,5 +161,5 @@ class BinaryBlock:
             yield _floats(part, self.width)
 
 
-def _floats(x: Optional, size: int) -> Optional:
+def _floats(x: Array | None, size: int) -> Array | None:
     return None if x is None else floats("block", x, size)

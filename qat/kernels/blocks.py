@@ -2,19 +2,16 @@
 
 import ctypes
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qat.kernels import binary_block, plain_block
-from qat.kernels.arrays import Floats, address, floats
+from qat.kernels.arrays import Array, Floats, address, floats
 from qat.kernels.binary_block import BinaryBlock, LayerArguments
 from qat.kernels.native import Native
 from qat.kernels.plain_block import PlainBlock
 from qat.kernels.products import Products, require_attention, require_words
 
-Array = NDArray[Any]
 Prepared = tuple[ctypes.Structure, int, list[Array | None]]
 """Arguments of a block, its width, and the arrays that the arguments point to."""
 
@@ -33,7 +30,7 @@ class Blocks:
         """A block of bits between its two sums, for `plain_block`."""
         require_attention(block.head_dim, block.logit_scale)
         require_words(block.head_dim)
-        arrays = plain_block.arrays_of(block, self._bits)
+        arrays: list[Array | None] = list(block.arrays(self._bits))
         sizes = block.heads, block.head_dim, block.hidden
         scales = block.eps, block.logit_scale, block.map_scale
         made = plain_block.Arguments(*_addresses(arrays), *sizes, *scales)
@@ -42,15 +39,15 @@ class Blocks:
     def prepare_binary_block(self, block: BinaryBlock) -> Prepared:
         """Any binary block, for `binary_block`."""
         require_attention(block.head_dim, block.logit_scale)
-        layers, kept = [], list(block.arrays())
-        outside = _addresses(kept)
+        layers, arrays = [], list(block.arrays())
+        outside = _addresses(arrays)
         for layer in block.layers:
-            arrays = list(layer.arrays(self._bits))
-            layers.append(LayerArguments(*_addresses(arrays), layer.inputs, layer.outputs))
-            kept += arrays
+            inside = list(layer.arrays(self._bits))
+            layers.append(LayerArguments(*_addresses(inside), layer.inputs, layer.outputs))
+            arrays += inside
         scales = block.eps, block.react_eps, block.logit_scale, block.map_scale
         made = binary_block.Arguments(*outside, *layers, block.heads, *scales)
-        return made, block.width, kept
+        return made, block.width, arrays
 
     def plain_block(self, x: Floats, block: Prepared, kept: int) -> Floats:
         """The first `kept` tokens that a block gives for x (batch, tokens, width), in x."""

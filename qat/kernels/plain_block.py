@@ -5,16 +5,12 @@ next sign, a bias, a GELU, a threshold, is a pair of bounds for each channel (`q
 """
 
 import ctypes
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qat.kernels.arrays import checked, floats, words
-from qat.kernels.binary_block import Lay
-
-Array = NDArray[Any]
+from qat.kernels.arrays import Array, Lay, checked, floats, words
 
 _POINTERS = (
     *("norm1_weight", "norm1_bias", "norm1_threshold"),
@@ -81,35 +77,29 @@ class PlainBlock:
         """Features between the layers of the MLP."""
         return len(self.fc1[0])
 
+    def arrays(self, lay: Lay) -> Iterator[Array]:
+        """Its arrays, in the order of `Arguments`."""
+        width, hidden = self.width, self.hidden
+        yield from _floats(self.norm1, width)
+        yield _bits(lay, self.qkv[0], 3 * width, width)
+        yield from _bounds(self.qkv[1:], 3 * width)
+        yield from _bounds(self.context, width)
+        yield _bits(lay, self.proj[0], width, width)
+        yield from _floats(self.proj[1:], width)
+        yield from _floats(self.norm2, width)
+        yield _bits(lay, self.fc1[0], hidden, width)
+        yield from _bounds(self.fc1[1:], hidden)
+        yield _bits(lay, self.fc2[0], width, hidden)
+        yield from _floats(self.fc2[1:], width)
 
-def arrays_of(block: PlainBlock, lay: Lay) -> list[Array | None]:
-    """The arrays of a block, in the order of `Arguments`.
 
-    Args:
-        block: The block.
-        lay: Lays out the bits of a weight.
-    """
-    width, hidden = block.width, block.hidden
+def _floats(parts: Iterable[Array], n: int) -> Iterator[Array]:
+    return (floats("block", part, n) for part in parts)
 
-    def of_floats(parts: tuple[Array, ...]) -> list[Array]:
-        return [floats("block", part, width) for part in parts]
 
-    def bits(weight: Array, n: int, k: int) -> Array:
-        return lay(checked("weight", weight, np.uint64, (n, words(k))), k)
+def _bits(lay: Lay, weight: Array, n: int, k: int) -> Array:
+    return lay(checked("weight", weight, np.uint64, (n, words(k))), k)
 
-    def of_bounds(parts: tuple[Array, ...], n: int) -> list[Array]:
-        return [checked("bounds", part, np.int32, (n,)) for part in parts]
 
-    return [
-        *of_floats(block.norm1),
-        bits(block.qkv[0], 3 * width, width),
-        *of_bounds(block.qkv[1:], 3 * width),
-        *of_bounds(block.context, width),
-        bits(block.proj[0], width, width),
-        *of_floats(block.proj[1:]),
-        *of_floats(block.norm2),
-        bits(block.fc1[0], hidden, width),
-        *of_bounds(block.fc1[1:], hidden),
-        bits(block.fc2[0], width, hidden),
-        *of_floats(block.fc2[1:]),
-    ]
+def _bounds(parts: Iterable[Array], n: int) -> Iterator[Array]:
+    return (checked("bounds", part, np.int32, (n,)) for part in parts)
