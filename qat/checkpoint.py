@@ -92,7 +92,7 @@ def _unpacked(path: str | Path, trust: tuple[str, ...]) -> nn.Module:
     found = packed.read(path)
     runtime.run(found, path)  # refuses what contradicts itself
     try:
-        data = Manifest.of({"format": OLDER, "prefix": "", "sha256": "", **found.card})
+        data = Manifest.of_card(found.card)
         size = sum(tensor.nbytes for tensor in found.tensors.values())
         require_size(data, len(found.tensors), size * BITS_OF_A_FLOAT, trust)
         model = assembled(data, {}, trust)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.card import Conversion, amend
 from qat.export.runtimes import OnnxModel
-from qat.manifest import OLDER, Manifest
+from qat.manifest import Manifest
 
 
 class OnnxClassifier(nn.Module):
@@ -37,8 +37,7 @@ class OnnxClassifier(nn.Module):
             self.costs: dict[str, Any] = dict(self.model.texts["costs"])
             shape = self.model.proto.graph.output[0].type.tensor_type.shape
             self.num_classes = int(shape.dim[-1].dim_value)
-            fields = {"format": OLDER, "prefix": "", "sha256": "", **self.model.texts["card"]}
-            amend(self, **_card(Manifest.of(fields)))
+            amend(self, **_card(Manifest.of_card(self.model.texts["card"])))
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"ONNX file '{path}' does not say what model it holds ({error!s:.160})"

@@ -67,11 +67,11 @@ def _named_(graph: ir.Graph) -> None:
 def _module(properties: Any) -> str:
     """The innermost module of the model that a node comes from."""
     scopes = properties.get("pkg.torch.onnx.name_scopes")
-    names = ir_list(scopes)[:-1] if scopes else []
+    names = _listed(scopes)[:-1] if scopes else []
     return names[-1].removesuffix(".grid").removesuffix(".quantizer") if names else ""
 
 
-def ir_list(text: str) -> list[str]:
+def _listed(text: str) -> list[str]:
     """Names from how the exporter writes them."""
     return [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
 

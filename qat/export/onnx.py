@@ -15,18 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat import checkpoint as files
 from qat import disk
 from qat.card import card_of, expected_by
 from qat.cost.count import cost
 from qat.cost.coverage import cost_items, coverage_rows
 from qat.export.operators import OPSET
-from qat.export.pack import CARD
+from qat.export.pack import card_items, require_calibrated
 from qat.export.stand_ins import replace_
 from qat.export.watch import watched
 from qat.extras import needs
 from qat.models import example_inputs
-from qat.quantizers import Phase, quantizers
 from qat.spec import Operand
 
 FORMAT = "lowbit-onnx/1"
@@ -43,9 +41,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
         ValueError: If the model is not calibrated, computes in less than 32 bits, or does something
             that torch cannot export, or if packages are missing.
     """
-    for name, quantizer in quantizers(model):
-        if quantizer.phase is not Phase.QUANTIZE:
-            raise ValueError(f"'{name}' is not calibrated; quantize or train the model first")
+    require_calibrated(model)
     if (dtype := card_of(model).dtype) is not torch.float32:
         raise ValueError(
             f"the model is in {dtype}, ONNX files are written in float32; convert it with "
@@ -69,7 +65,7 @@ def _card(model: nn.Module) -> dict[str, Any]:
     """What the file says of the model; of one that no recipe builds, its images and classes."""
     card = card_of(model)
     if card.recipe is not None:
-        return {key: value for key, value in files.manifest(model, {}).items() if key in CARD}
+        return card_items(model)
     return {"preprocessing": expected_by(model).to_dict(), "class_names": card.class_names}
 
 

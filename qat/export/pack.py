@@ -18,7 +18,7 @@ from qat.quantizers import Codes, Phase, Quantizer, quantizers
 from qat.quantizers.companding import Companding
 
 CARD = ("model", "preprocessing", "start", "class_names", "conversion", "versions")
-"""What of a checkpoint's manifest a packed file holds."""
+"""What of a checkpoint's manifest an exported file holds."""
 
 
 def export_packed(model: nn.Module, path: str | Path, *, half: bool = False) -> None:
@@ -32,10 +32,19 @@ def export_packed(model: nn.Module, path: str | Path, *, half: bool = False) -> 
     Raises:
         ValueError: If the model is not calibrated, or has a part that the runtime cannot run.
     """
+    require_calibrated(model)
+    write(path, contents(model, half=half))
+
+
+def require_calibrated(model: nn.Module) -> None:
+    """Refuse a model some of whose quantizers have no state yet.
+
+    Raises:
+        ValueError: Naming the first.
+    """
     for name, quantizer in quantizers(model):
         if quantizer.phase is not Phase.QUANTIZE:
             raise ValueError(f"'{name}' is not calibrated; quantize or train the model first")
-    write(path, contents(model, half=half))
 
 
 def packed_bytes(model: nn.Module, *, half: bool = False) -> int:
@@ -51,7 +60,6 @@ def contents(model: nn.Module, *, half: bool = False) -> Packed:
     """
     network = describe_network(model)
     state = model.state_dict()
-    card = {key: value for key, value in files.manifest(model, {}).items() if key in CARD}
     tensors: dict[str, np.ndarray] = {}
     weights = {name: (weight, quantizer) for name, weight, quantizer in quantized_weights(model)}
     for key, value in state.items():
@@ -66,7 +74,16 @@ def contents(model: nn.Module, *, half: bool = False) -> Packed:
         if isinstance(quantizer, Companding):
             bounds, levels = bounds_and_levels(quantizer)
             tensors |= {f"{name}.bounds": bounds, f"{name}.levels": levels}
-    return Packed(tensors, card, network.to_dict())
+    return Packed(tensors, card_items(model), network.to_dict())
+
+
+def card_items(model: nn.Module) -> dict[str, Any]:
+    """The card of a model as an exported file holds it; `Manifest.of_card` reads it.
+
+    Raises:
+        ValueError: If nobody said how the model is built.
+    """
+    return {key: value for key, value in files.manifest(model, {}).items() if key in CARD}
 
 
 def _weight(name: str, weight: Tensor, quantizer: Quantizer, half: bool) -> dict[str, np.ndarray]:

@@ -58,11 +58,6 @@ class Diagnosis:
         return asdict(self)
 
 
-def lower_rate(lr: float) -> str:
-    """The flag for a tenth of the learning rate."""
-    return f"--model.optimizer.init_args.lr {lr / 10:.2g}"
-
-
 def signs_of_scales(
     scales: Mapping[str, Tensor], starts: Mapping[str, Tensor], lr: float
 ) -> Diagnosis | None:
@@ -87,7 +82,7 @@ def signs_of_scales(
         f"{count} of {total} are below a thousandth of their start, {negative} of them negative, "
         f"the lowest {lowest:.2g} from a mean of {float(starts[layer].mean()):.2g}",
         layer,
-        lower_rate(lr),
+        _lower_rate(lr),
     )
 
 
@@ -113,7 +108,7 @@ def saturation(
         "grids are too narrow for their values",
         f"{len(found)} of {len(clipped)} operands clip too many, up to {found[layer]:.0%}",
         layer,
-        f"--init {INITIALISER}" if lr is None else lower_rate(lr),
+        f"--init {INITIALISER}" if lr is None else _lower_rate(lr),
     )
 
 
@@ -177,7 +172,7 @@ def plateau(losses: Sequence[float], num_steps: int, lr: float) -> Diagnosis | N
     if early or min(losses[1:]) <= (1 - LEAST_FALL) * losses[0]:
         return None
     rises = losses[-1] > losses[0]
-    flag = lower_rate(lr) if rises else f"--model.optimizer.init_args.lr {3 * lr:.2g}"
+    flag = _lower_rate(lr) if rises else f"--model.optimizer.init_args.lr {3 * lr:.2g}"
     evidence = f"{losses[0]:.4g} in the first epoch, {losses[-1]:.4g} in epoch {len(losses)}"
     return Diagnosis("plateau", "the loss of one bit does not fall", evidence, "", flag)
 
@@ -211,3 +206,8 @@ def clipped_share(quantizer: Affine | LSQ, x: Tensor) -> float:
     """Share of the values of an operand that lie outside of its grid."""
     gap = (x.detach() - quantizer.fake_quantize(x.detach())).abs()
     return float((gap > 0.501 * quantizer.scale.detach().abs()).float().mean())
+
+
+def _lower_rate(lr: float) -> str:
+    """The flag for a tenth of the learning rate."""
+    return f"--model.optimizer.init_args.lr {lr / 10:.2g}"
