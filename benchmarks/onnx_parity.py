@@ -31,6 +31,8 @@ import qat
 from binaryvit import BinaryQuantizers
 from binaryvit.convert import react_
 from qat.calibrate import Batch
+from qat.card import expected_by
+from qat.cli.inputs import preparing
 from qat.diffusion.build import mnist_dit
 from qat.export import acceleration
 from qat.export.onnx import export_onnx
@@ -40,7 +42,6 @@ from qat.models import example_inputs
 from qat.plan import Plan, load_plan
 from qat.quantizers import Affine, PercentileMSE
 from qat.reading import read_file
-from qat.runtime.images import Images
 
 ASSETS = Path(os.environ.get("LOWBIT_ASSETS", "../shared"))
 FAMILIES = (
@@ -51,6 +52,9 @@ FAMILIES = (
     *("convit_tiny", "mixer_s32_224", "convnext_atto", "mobilevit_xxs", "efficientnet_b0"),
     *("swinv2_tiny_window8_256", "poolformer_s12", "hiera_tiny_224", "mobilenetv3_small_050"),
 )
+BINARY = Path(__file__).parents[1] / "configs" / "plans" / "vit_binary.yaml"
+SMALL_SWIN = {"embed_dim": 48, "depths": (2, 2, 2, 2)}
+SUFFIXES = (".jpg", ".JPEG")
 ROUNDS = 5
 
 
@@ -71,14 +75,10 @@ def vit_tiny() -> nn.Module:
 
 def photos(model: nn.Module, folder: str, count: int) -> Tensor:
     """The first photos of a folder of the assets, as the model takes them."""
-    card = {"preprocessing": model.card.preprocessing.to_dict()}  # type: ignore[union-attr]
-    prepare = Images.of_card(card, (3, 224, 224)).prepare
+    prepare = preparing(expected_by(model))
     files = [f for f in sorted((ASSETS / "data" / folder).rglob("*")) if f.suffix in SUFFIXES]
     chosen = files[:: max(1, len(files) // count)][:count]
     return torch.from_numpy(np.stack([prepare(read_file(path)) for path in chosen]))
-
-
-SUFFIXES = (".jpg", ".JPEG")
 
 
 def quantized(model: nn.Module, plan: Plan, inputs: Batch) -> nn.Module:
@@ -127,10 +127,6 @@ def others() -> Iterator[dict[str, Any]]:
         model = qat.timm_model(name, model_args=arguments).eval()
         images = torch.randn(4, 3, 224, 224)
         yield compared(f"{name} w8a8", quantized(model, load_plan("w8a8"), images), images)
-
-
-BINARY = Path(__file__).parents[1] / "configs" / "plans" / "vit_binary.yaml"
-SMALL_SWIN = {"embed_dim": 48, "depths": (2, 2, 2, 2)}
 
 
 def families(names: Collection[str] = FAMILIES) -> Iterator[dict[str, Any]]:

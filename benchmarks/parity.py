@@ -28,10 +28,10 @@ from binaryvit.asm import DynamicShift, StaticShift
 from binaryvit.convert import react_
 from qat import Plan, kernels, runtime
 from qat.card import expected_by
+from qat.cli.inputs import preparing
 from qat.data.sources import Source, parquet
 from qat.export.pack import export_packed
 from qat.export.verify import verify
-from qat.runtime.images import Images
 
 ASSETS = Path(os.environ.get("LOWBIT_ASSETS", "../shared"))
 ROOT = Path(__file__).parents[1]
@@ -112,8 +112,7 @@ def distil(model: nn.Module, teacher: nn.Module, batches: Iterator[Tensor]) -> N
 
 def images_of(model: nn.Module, source: Source, order: list[int]) -> Iterator[Tensor]:
     """Preprocessed batches."""
-    card = {"preprocessing": expected_by(model).to_dict()}
-    prepare = Images.of_card(card, tuple(card["preprocessing"]["input_size"])).prepare
+    prepare = preparing(expected_by(model))
     for begin in range(0, len(order), BATCH):
         chosen = order[begin : begin + BATCH]
         yield torch.stack([torch.from_numpy(prepare(source.image(i))) for i in chosen])

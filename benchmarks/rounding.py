@@ -14,8 +14,8 @@ import torch
 
 import qat
 from qat.card import expected_by
+from qat.cli.inputs import preparing
 from qat.data.sources import labelled_folder
-from qat.runtime.images import Images
 
 PHOTOS = Path(os.environ.get("LOWBIT_ASSETS", "../shared")) / "data" / "imagenet-val650"
 
@@ -25,7 +25,7 @@ def main(path: str) -> None:
     """Print gaps and agreement."""
     model = qat.load(path).eval()
     source = labelled_folder(str(PHOTOS / "images"), str(PHOTOS / "labels.tsv"), 1000)
-    prepare = Images.of_card({"preprocessing": expected_by(model).to_dict()}, (3, 224, 224)).prepare
+    prepare = preparing(expected_by(model))
     images = torch.stack([torch.from_numpy(prepare(source.image(i))) for i in range(16)])
     torch.manual_seed(0)
     logits, moved = model(images), model(images * (1 + 3e-7 * torch.randn_like(images)))

@@ -8,17 +8,17 @@ from torch import nn
 
 from qat import checkpoint as files
 from qat.calibrate import Batch
-from qat.cli import onnx_files, packing
+from qat.cli import onnx_files, packed_files
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import check_coverage, console, show
 from qat.cli.evaluation import model_items
-from qat.cli.packing import evaluation_inputs, first
+from qat.cli.inputs import evaluation_inputs, first
 from qat.cli.session import Session
 from qat.cli.start import loaded
 from qat.cli.trackers import finish, trackers
 from qat.export.verify import Verification
 
-ROWS = {**onnx_files.ROWS, **packing.ROWS}
+ROWS = {**onnx_files.ROWS, **packed_files.ROWS}
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
@@ -82,16 +82,16 @@ Exported = tuple[Path, dict[str, Any], Verification]
 
 def packed(session: Session, model: nn.Module, batches: list[Batch]) -> Exported:
     """Write and compare a packed file."""
-    half, path = session.config.half, session.folder.path / packing.NAME
-    items = {**model_items(model), **packing.pack(model, path, half=half)}
+    half, path = session.config.half, session.folder.path / packed_files.NAME
+    items = {**model_items(model), **packed_files.write(model, path, half=half)}
     items["size_bytes"] = items["size_packed_bytes"]
     session.keep_recipe()
     found = Verification()
     if batches:
-        found = packing.check(files.load(path) if half else model, path, batches)
+        found = packed_files.check(files.load(path) if half else model, path, batches)
         items |= found.items()
     if batches and half:
-        rounded = packing.check(model, path, batches)
+        rounded = packed_files.check(model, path, batches)
         items |= {"logit_gap_half": max(rounded.gaps), "agreement_half": rounded.agreement}
     return path, items, found
 

@@ -6,9 +6,10 @@ from pytorch_lightning.cli import LightningArgumentParser
 from rich.table import Table
 
 from qat import checkpoint as files
+from qat.cli import packed_files
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import console, show
-from qat.cli.packing import NAME, ROWS, check, evaluation_inputs, pack
+from qat.cli.inputs import evaluation_inputs
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session, in_run_folder
 from qat.cli.training import train
@@ -46,12 +47,12 @@ def export(session: Session) -> None:
         ValueError: If it cannot be packed, or differs from the trained model.
     """
     folder = session.folder
-    model, path = files.load(folder.last), folder.path / NAME
-    saved = pack(model, path)
-    found = check(model, path, evaluation_inputs(session, model))
+    model, path = files.load(folder.last), folder.path / packed_files.NAME
+    saved = packed_files.write(model, path)
+    found = packed_files.check(model, path, evaluation_inputs(session, model))
     compared = {f"{key}_packed": value for key, value in found.items().items()}
     folder.write_metrics({**folder.read_metrics(), **saved, **compared})
-    show({**saved, **found.items()}, ROWS, "Packed file")
+    show({**saved, **found.items()}, packed_files.ROWS, "Packed file")
     console.print(f"packed file: {path}")
     found.require_same()
 

@@ -12,7 +12,7 @@ from qat import disk, runtime
 from qat.card import card_of, expected_by
 from qat.cli.arguments import add_run_arguments, add_training_arguments
 from qat.cli.console import console
-from qat.cli.packing import preparing
+from qat.cli.inputs import preparing
 from qat.cli.predictions import predicted, refused
 from qat.cli.session import Session
 from qat.cli.start import model_in, require_calibrated

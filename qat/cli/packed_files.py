@@ -1,24 +1,18 @@
 """A model as a packed file in a run folder, its check, and what both say."""
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from qat import checkpoint as files
 from qat import runtime
 from qat.calibrate import Batch
 from qat.card import card_of
-from qat.cli.session import Session
 from qat.export.measure import float_bytes, seconds_of_image
 from qat.export.pack import export_packed
 from qat.export.verify import Verification, verify
-from qat.preprocessing import Preprocessing
-from qat.runtime.images import Images
 
 NAME = "model.lowbit"
 ROWS = {
@@ -38,7 +32,7 @@ ROWS = {
 }
 
 
-def pack(model: nn.Module, path: Path, *, half: bool = False) -> dict[str, Any]:
+def write(model: nn.Module, path: Path, *, half: bool = False) -> dict[str, Any]:
     """Write the packed file, and say what it saves.
 
     Raises:
@@ -58,29 +52,3 @@ def pack(model: nn.Module, path: Path, *, half: bool = False) -> dict[str, Any]:
 def check(model: nn.Module, path: Path, batches: Iterable[Batch]) -> Verification:
     """The packed file beside the model it came from."""
     return verify(model.cpu().eval(), runtime.load(path), batches)
-
-
-def evaluation_inputs(session: Session, model: nn.Module) -> Iterator[Batch]:
-    """Batches of what the recipe evaluates, preprocessed."""
-    data = session.data()
-    data.follow(model)
-    return session.task().inputs(data)
-
-
-def preparing(preprocessing: Preprocessing) -> Callable[[Image.Image], np.ndarray]:
-    """What the runtime does to an image before a model sees it.
-
-    Raises:
-        ValueError: If it does not know such preprocessing.
-    """
-    card = {"preprocessing": preprocessing.to_dict()}
-    return Images.of_card(card, preprocessing.input_size).prepare
-
-
-def first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """The first images of batches, one by one; all batches for a count of 0."""
-    if not count:
-        return iter(batches)
-    parts = ((batch,) if isinstance(batch, Tensor) else batch for batch in batches)
-    images = chain.from_iterable(zip(*(x.split(1) for x in part), strict=True) for part in parts)
-    return islice(images, count)
