@@ -61,7 +61,7 @@ def finish(
     """
     kept, broken = finite(items)
     folder.write_metrics(kept | ({"not_finite": broken} if broken else {}))
-    report(loggers, items)
+    log_numbers(loggers, items)
     draw()
     _tell(loggers, lambda logger: exhibit(logger, folder.path, kept))
     if broken:
@@ -88,7 +88,7 @@ def _joined(parts: Iterable[tuple[Any, list[str]]]) -> list[str]:
     return [path for _, paths in parts for path in paths]
 
 
-def report(loggers: list[Logger], items: dict[str, Any], step: int | None = None) -> None:
+def log_numbers(loggers: list[Logger], items: dict[str, Any], step: int | None = None) -> None:
     """Tell trackers those of some items that are numbers."""
     numbers = {key: float(x) for key, x in items.items() if type(x) in (int, float)}
     _tell(loggers, lambda logger: logger.log_metrics(numbers, step))

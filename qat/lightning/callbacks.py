@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.layers import quantized_weights
+from qat.lightning.instruments import model_of
 from qat.quantizers import Phase, Quantizer, quantizers
 from qat.train.oscillation import Oscillation, imbalance, positive_share, sign_statistics
 
@@ -52,7 +53,7 @@ class OscillationTracker(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the codes at the start of training, unless a resumed run brought them."""
         if not self.weights:
-            for name, weight, quantizer in quantized_weights(_model(pl_module)):
+            for name, weight, quantizer in quantized_weights(model_of(pl_module)):
                 codes = quantizer.codes(weight).values
                 self.weights[name] = Oscillation(codes, self.momentum)
         for seen in self.weights.values():
@@ -72,7 +73,7 @@ class OscillationTracker(Callback):
         self._see_step(trainer, pl_module)
         self.layers = []
         totals = torch.zeros(5, dtype=torch.float64)
-        for name, weight, quantizer in quantized_weights(_model(pl_module)):
+        for name, weight, quantizer in quantized_weights(model_of(pl_module)):
             seen = self.weights[name]
             flips, chances = seen.take_flips()
             near = quantizer.boundary_distance(weight) < 0.1
@@ -93,7 +94,7 @@ class OscillationTracker(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to binary activations."""
-        for name, quantizer in quantizers(_model(pl_module)):
+        for name, quantizer in quantizers(model_of(pl_module)):
             if _is_binary_activation(quantizer) and quantizer.phase is Phase.QUANTIZE:
                 self._entropy[name], self._balance[name] = [], []
                 self._hooks.append(quantizer.register_forward_hook(self._listen(name)))
@@ -156,7 +157,7 @@ class OscillationTracker(Callback):
             return
         self.step = trainer.global_step
         warm = self.step <= self.warmup * float(trainer.estimated_stepping_batches)
-        for name, weight, quantizer in quantized_weights(_model(pl_module)):
+        for name, weight, quantizer in quantized_weights(model_of(pl_module)):
             self.weights[name].update(quantizer.codes(weight).values, count_oscillations=not warm)
 
     def _listen(self, name: str) -> Any:
@@ -204,12 +205,6 @@ class OrderlyInterrupt(Callback):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-
-
-def _model(module: LightningModule) -> nn.Module:
-    model = module.model
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def _mean(rows: list[Tensor]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Looks into a module in the middle of training that leave no trace: the doctor's instruments."""
+"""Instruments of callbacks: they look into a module in the middle of training, without a trace."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

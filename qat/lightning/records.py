@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from qat import disk
 from qat.layers import quantized_weights
 from qat.lightning.callbacks import OscillationTracker
+from qat.lightning.instruments import model_of
 from qat.train.histogram import centres, histogram
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ class Records(Callback):
         self.weights, self.oscillation = state_dict["weights"], state_dict["oscillation"]
 
     def _see_weights(self, epoch: int, module: LightningModule) -> None:
-        weights = [weight for _, weight, _ in quantized_weights(module.model)]  # type: ignore[arg-type]
+        weights = [weight for _, weight, _ in quantized_weights(model_of(module))]
         if weights:
             counts = torch.stack([histogram(weight) for weight in weights]).sum(0)
             shares = (counts / sum(weight.numel() for weight in weights)).tolist()

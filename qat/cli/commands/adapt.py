@@ -28,7 +28,7 @@ from qat.cli.grid import continuing, grid_table, run_grid
 from qat.cli.progress import RunJournal
 from qat.cli.session import Session, in_run_folder
 from qat.cli.start import from_checkpoint, is_quantized, loaded
-from qat.cli.trackers import finish, report, trackers
+from qat.cli.trackers import finish, log_numbers, trackers
 from qat.cli.training import with_teacher
 from qat.component import describe
 from qat.data import corruptions
@@ -179,7 +179,7 @@ def adapt(session: Session, shared: Path | None = None) -> None:
             def after(row: dict[str, Any]) -> None:
                 progress.advance(task)
                 curves = {f"stream/{key}": value for key, value in row.items()}
-                report(loggers, curves, row["position"])
+                log_numbers(loggers, curves, row["position"])
 
             adaptation.run(after, settings.num_workers)
         items = {
@@ -191,7 +191,7 @@ def adapt(session: Session, shared: Path | None = None) -> None:
             **model_items(model),
         }
         errors = {f"error/{row['corruption']}": row["error"] for row in items.get("table", ())}
-        report(loggers, errors)
+        log_numbers(loggers, errors)
         if not stream.labelled and adapter.own.numel():
             files.save(adapter.adapted(), folder / "adapted.ckpt")
         never = items.get("never_adapted")
