@@ -12,7 +12,7 @@ from qat.kernels.native import Native
 from qat.kernels.plain_block import PlainBlock
 from qat.kernels.products import Products, require_attention, require_words
 
-Prepared = tuple[ctypes.Structure, int, list[Array | None]]
+PreparedBlock = tuple[ctypes.Structure, int, list[Array | None]]
 """Arguments of a block, its width, and the arrays that the arguments point to."""
 
 
@@ -26,7 +26,7 @@ class Blocks:
     def __init__(self, native: Native) -> None:
         self._run, self._products = native.run, Products(native)
 
-    def prepare_plain_block(self, block: PlainBlock) -> Prepared:
+    def prepare_plain_block(self, block: PlainBlock) -> PreparedBlock:
         """A block of bits between its two sums, for `plain_block`."""
         require_attention(block.head_dim, block.logit_scale)
         require_words(block.head_dim)
@@ -36,7 +36,7 @@ class Blocks:
         made = plain_block.Arguments(*_addresses(arrays), *sizes, *scales)
         return made, block.width, arrays
 
-    def prepare_binary_block(self, block: BinaryBlock) -> Prepared:
+    def prepare_binary_block(self, block: BinaryBlock) -> PreparedBlock:
         """Any binary block, for `binary_block`."""
         require_attention(block.head_dim, block.logit_scale)
         layers, arrays = [], list(block.arrays())
@@ -49,15 +49,15 @@ class Blocks:
         made = binary_block.Arguments(*outside, *layers, block.heads, *scales)
         return made, block.width, arrays
 
-    def plain_block(self, x: Floats, block: Prepared, kept: int) -> Floats:
+    def plain_block(self, x: Floats, block: PreparedBlock, kept: int) -> Floats:
         """The first `kept` tokens that a block gives for x (batch, tokens, width), in x."""
         return self._in_place("plain_block", x, block, kept)
 
-    def binary_block(self, x: Floats, block: Prepared, kept: int) -> Floats:
+    def binary_block(self, x: Floats, block: PreparedBlock, kept: int) -> Floats:
         """The first `kept` tokens that a block gives for x (batch, tokens, width), in x."""
         return self._in_place("binary_block", x, block, kept)
 
-    def _in_place(self, operation: str, x: Floats, block: Prepared, kept: int) -> Floats:
+    def _in_place(self, operation: str, x: Floats, block: PreparedBlock, kept: int) -> Floats:
         arguments, width, _ = block
         batch, tokens, _ = x.shape
         x = np.require(x, requirements=("C", "W"))

@@ -1,12 +1,12 @@
 """Operations that multiply: layers of bits, integers and floats, attention."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qat.kernels.arrays import (
+    Array,
     Bits,
     Floats,
     Integers,
@@ -26,7 +26,7 @@ class Prepared:
     kind: str
     n: int
     k: int
-    panels: NDArray[Any]
+    panels: Array
 
 
 class Products:
@@ -105,7 +105,7 @@ class Products:
         self._run("binary_linear_bits", *operands, *limits, rows, n, k, packed)
         return packed
 
-    def _binary(self, bits: Bits, weight: Prepared, k: int) -> tuple[Bits, NDArray[Any]]:
+    def _binary(self, bits: Bits, weight: Prepared, k: int) -> tuple[Bits, Array]:
         _require_kind(weight, f"binary {self._name}", k)
         return checked("bits", bits, np.uint64, (len(bits), words(k))), weight.panels
 
