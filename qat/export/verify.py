@@ -196,7 +196,7 @@ def _values(simulated: nn.Module, exported: Exported, name: str, x: np.ndarray) 
 
 
 def _made(grid: Grid | OnnxGrid, x: np.ndarray) -> np.ndarray:
-    """The same of the packed model: values, or codes where the step follows the values."""
+    """The same of the exported model: values, or codes where the step follows the values."""
     return grid.codes(x) if isinstance(grid, Token) else grid.values(x)
 
 

@@ -15,7 +15,7 @@ from qat.runtime.operations import Operations
 
 MOST_BITS = 14
 """Widest weights whose codes minus zero point int16 holds."""
-Product = Callable[[np.ndarray], np.ndarray]
+Multiply = Callable[[np.ndarray], np.ndarray]
 """From the input of a layer (..., k) to its output (..., outputs)."""
 
 
@@ -101,7 +101,7 @@ class Layer:
 
 def _product(
     parts: Parts, name: str, k: int, grid: Grid | None, arrange: Callable[[Any], Any]
-) -> tuple[Product, int]:
+) -> tuple[Multiply, int]:
     """How a layer multiplies, and the number of its outputs."""
     weight, run = parts.tensors.get(f"{name}.weight"), parts.operations
     text = parts.operands.get(name, {}).get("weight")
@@ -171,7 +171,7 @@ class Stored:
         return codes - self.zero_point.astype(np.int32)[:, None]
 
 
-def _bits(run: Operations, grid: Sign, stored: Stored, k: int, bias: np.ndarray | None) -> Product:
+def _bits(run: Operations, grid: Sign, stored: Stored, k: int, bias: np.ndarray | None) -> Multiply:
     """Signs times signs."""
     weight = run["prepare_binary"](words(stored.rows), k)
     threshold = np.ascontiguousarray(grid.fixed.reshape(1, k))
@@ -194,7 +194,7 @@ def _integers(
     stored: Stored,
     bias: np.ndarray | None,
     arrange: Callable[[Any], Any],
-) -> Product:
+) -> Multiply:
     """Steps times steps."""
     weight = run["prepare_integer"](stored.steps().astype(np.int16), grid.largest)
 
@@ -217,7 +217,7 @@ def _values(
     weight: np.ndarray,
     bias: np.ndarray | None,
     arrange: Callable[[Any], Any],
-) -> Product:
+) -> Multiply:
     """Values times values."""
     width = weight.shape[1]
     ready = run["prepare_linear"](np.ascontiguousarray(weight, np.float32))
