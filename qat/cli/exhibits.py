@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from qat.cli.tables import is_table
+
 
 @singledispatch
 def exhibit(logger: Logger, folder: Path, items: dict[str, Any]) -> None:
@@ -54,8 +56,3 @@ def tables(items: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[An
         if is_table(rows):
             columns = list(dict.fromkeys(name for row in rows for name in row))
             yield key, columns, [[row.get(name) for name in columns] for row in rows]
-
-
-def is_table(value: Any) -> bool:
-    """Whether a value is a list of objects."""
-    return isinstance(value, list) and any(isinstance(row, dict) for row in value)

@@ -16,10 +16,10 @@ from typing import Any
 from rich.table import Table
 
 from qat.cli.console import console
-from qat.cli.exhibits import is_table
 from qat.cli.recipe import Part, load_recipe
 from qat.cli.run_folder import RunFolder
 from qat.cli.session import Session
+from qat.cli.tables import is_table
 
 Axis = list[str] | Mapping[str, Part]
 

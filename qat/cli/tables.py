@@ -1,4 +1,4 @@
-"""Tables that grow while a run goes on."""
+"""Tables of a run: they grow while it goes on, and are read back when it is drawn."""
 
 import csv
 import hashlib
@@ -70,6 +70,11 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         return [{key: _value(key, cell) for key, cell in row.items()} for row in rows]
     except (AttributeError, TypeError, ValueError, csv.Error):
         raise ValueError(f"'{path}' is damaged, and cannot be drawn") from None
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value of `metrics.json` is a table: a list of objects."""
+    return isinstance(value, list) and any(isinstance(row, dict) for row in value)
 
 
 def _value(column: str, cell: str) -> Any:
