@@ -21,7 +21,7 @@ from qat.cli.charts.theme import (
 BLUES = ("#1f5f9e", "#3f86c0", "#6aaad4", "#9ac8e3", "#cfe4f1")
 FLOAT_BITS = 32
 TOTALS = {"MACs": "macs", "weight bytes": "weight_bytes"}
-PACKED = ("float", "packed")
+MODELS = ("float", "exported")
 
 
 def coverage_chart(rows: Sequence[Row]) -> Drawing:
@@ -56,17 +56,17 @@ def share_chart(rows: Sequence[Row]) -> Drawing:
 def beside_float_chart(
     values: tuple[Number, Number], texts: tuple[str, str], title: str
 ) -> Drawing:
-    """Two bars: the float model and the packed file, with their numbers."""
+    """Two bars: the float model and the exported file, with their numbers."""
     bars = [
         {"model": name, "value": value, "text": text}
-        for name, value, text in zip(PACKED, values, texts, strict=True)
+        for name, value, text in zip(MODELS, values, texts, strict=True)
     ]
     room = alt.Scale(domain=[0, 1.25 * max(values)], nice=False)
     base = layer(bars).encode(
         x=alt.X("value:Q", scale=room, axis=None),
-        y=alt.Y("model:N", title=None, sort=list(PACKED)),
+        y=alt.Y("model:N", title=None, sort=list(MODELS)),
     )
-    scale = alt.Scale(domain=list(PACKED), range=[GREY, BLUE])
+    scale = alt.Scale(domain=list(MODELS), range=[GREY, BLUE])
     drawn = base.mark_bar(cornerRadiusEnd=2).encode(
         color=alt.Color("model:N", legend=None, scale=scale)
     )

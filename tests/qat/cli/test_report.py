@@ -17,6 +17,7 @@ from qat.cli.main import main
 from qat.cli.report import wording
 from qat.cli.report.page import page
 from qat.cli.report.run import Run
+from qat.cli.report.sections.export import export
 from qat.cli.report.side_by_side import side_by_side
 from qat.cli.run_folder import RunFolder
 from qat.cli.tables import read_table
@@ -242,6 +243,15 @@ def test_every_operand_has_one_cell_and_its_chosen_bits() -> None:
     ]
     for layer in _drawn(bits_chart(SENSITIVITY)):
         assert [row["bits"] for row in layer] == [4] * 6
+
+
+@pytest.mark.parametrize("key", ["size_packed_bytes", "size_onnx_bytes"])
+def test_exported_file_of_either_form_stands_beside_the_float_model(key: str) -> None:
+    section = export(Run(RunFolder("run"), "a", {"size_float_bytes": 4e6, key: 1e6}, {}))
+    assert section is not None
+    (chart,) = section.parts
+    said = json.dumps(chart.spec)  # type: ignore[union-attr]
+    assert all(text in said for text in ("4 MB", "1 MB", '"exported"'))
 
 
 def test_blocks_of_stages_keep_both_numbers() -> None:

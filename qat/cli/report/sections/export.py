@@ -17,6 +17,7 @@ CHECKS = {
 }
 BESIDE = {
     ("size_float_bytes", "size_packed_bytes"): ("Size of the file", size),
+    ("size_float_bytes", "size_onnx_bytes"): ("Size of the file", size),
     ("seconds_per_image_float", "seconds_per_image"): ("Time of an image", duration),
 }
 
@@ -24,7 +25,7 @@ BESIDE = {
 def export(run: Run) -> Section | None:
     """Size and speed beside the float model, and the check of the file."""
     charts = [
-        Chart(spec(_beside(found, *BESIDE[keys])), f"{BESIDE[keys][0]}, float and packed")
+        Chart(spec(_beside(found, *BESIDE[keys])), f"{BESIDE[keys][0]}, float and exported")
         for keys in BESIDE
         if (found := run.numbers(*keys))
     ]
@@ -43,5 +44,5 @@ def export(run: Run) -> Section | None:
 
 
 def _beside(found: list[Number], title: str, form: Callable[[Number], str]) -> Drawing:
-    exact, packed = found
-    return beside_float_chart((exact, packed), (form(exact), form(packed)), title)
+    exact, exported = found
+    return beside_float_chart((exact, exported), (form(exact), form(exported)), title)
