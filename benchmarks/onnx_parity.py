@@ -36,7 +36,8 @@ from qat.cli.inputs import preparing
 from qat.diffusion.build import mnist_dit
 from qat.export import acceleration
 from qat.export.onnx import export_onnx
-from qat.export.runtimes import OnnxModel, compiled_of, has_openvino, session_of
+from qat.export.onnx_file import OnnxModel
+from qat.export.runtimes import compiled_of, has_openvino, session_of
 from qat.export.verify import verify
 from qat.models import example_inputs
 from qat.plan import Plan, load_plan

@@ -13,7 +13,8 @@ from qat.cli.console import console
 from qat.export import acceleration
 from qat.export.measure import float_bytes, seconds_of_image
 from qat.export.onnx import export_onnx
-from qat.export.runtimes import OnnxModel, has_openvino, openvino
+from qat.export.onnx_file import OnnxModel
+from qat.export.runtimes import has_openvino, openvino
 from qat.export.verify import Verification, verify
 
 NAME = "model.onnx"

@@ -8,7 +8,7 @@ from qat import checkpoint as files
 from qat.card import card_of
 from qat.cli.session import Session
 from qat.export.classifier import OnnxClassifier
-from qat.export.runtimes import is_onnx
+from qat.export.onnx_file import is_onnx
 from qat.quantizers import Phase, quantizers
 
 

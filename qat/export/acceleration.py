@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from qat.export.runtimes import OnnxModel, compiled_of, has_openvino, session_of
+from qat.export.onnx_file import OnnxModel
+from qat.export.runtimes import compiled_of, has_openvino, session_of
 from qat.quantizers import Quantizer
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.card import Conversion, amend
-from qat.export.runtimes import OnnxModel
+from qat.export.onnx_file import OnnxModel
 from qat.manifest import Manifest
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.calibrate import Batch
-from qat.export.runtimes import OnnxGrid, OnnxModel
+from qat.export.onnx_file import OnnxGrid, OnnxModel
 from qat.export.watch import watched
 from qat.quantizers import Quantizer
 from qat.runtime import Model

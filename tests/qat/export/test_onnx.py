@@ -20,7 +20,7 @@ from qat import Plan
 from qat.export import acceleration
 from qat.export.classifier import OnnxClassifier
 from qat.export.onnx import export_onnx
-from qat.export.runtimes import OnnxModel
+from qat.export.onnx_file import OnnxModel
 from qat.export.verify import verify
 from qat.plan import load_plan
 from qat.preprocessing import Preprocessing
