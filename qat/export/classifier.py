@@ -37,7 +37,8 @@ class OnnxClassifier(nn.Module):
             self.costs: dict[str, Any] = dict(self.model.texts["costs"])
             shape = self.model.proto.graph.output[0].type.tensor_type.shape
             self.num_classes = int(shape.dim[-1].dim_value)
-            amend(self, **_card(Manifest.of_card(self.model.texts["card"])))
+            unbuilt = {"model": {}, "versions": {}}  # a model that no recipe builds
+            amend(self, **_card(Manifest.of_card(unbuilt | self.model.texts["card"])))
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"ONNX file '{path}' does not say what model it holds ({error!s:.160})"
@@ -53,7 +54,7 @@ def _card(data: Manifest) -> dict[str, Any]:
     """Fields of the model's card."""
     conversion = data.conversion and Conversion(*data.converting(()), {})
     return {
-        "recipe": data.recipe,
+        "recipe": data.recipe or None,
         "preprocessing": data.preprocessing,
         "class_names": data.class_names,
         "conversion": conversion,

@@ -64,12 +64,15 @@ class Images:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        """The image with its shorter side at the crop's side over `crop_pct`."""
-        short = math.floor(self.size[1] / self.crop_pct)
-        width, height = image.size
-        shorter = min(width, height)
-        sides = int(short * width / shorter), int(short * height / shorter)
-        if shorter == short:
+        """The smallest image of the same shape that covers the crop's sides over `crop_pct`."""
+        height, width = (math.floor(side / self.crop_pct) for side in self.size[1:])
+        if height == width:
+            shorter = min(image.size)
+            sides = tuple(int(width * side / shorter) for side in image.size)
+        else:
+            ratio = min(image.height / height, image.width / width)
+            sides = tuple(round(side / ratio) for side in image.size)
+        if sides == image.size:
             return image
         return image.resize(sides, Image.Resampling[self.interpolation.upper()])
 

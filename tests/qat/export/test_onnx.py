@@ -128,6 +128,8 @@ def test_a_difference_is_traced_where_an_image_has_several_rows_or_none(tmp_path
     qat.calibrate(model, [images := torch.randn(3, 1, 4, 6)])
     export_onnx(model.eval(), tmp_path / "right.onnx")
     verify(model, OnnxModel(tmp_path / "right.onnx"), [images]).require_same()
+    answers = OnnxClassifier(tmp_path / "right.onnx")(images)
+    assert torch.allclose(answers, model(images), atol=1e-5)
     _altered(tmp_path / "right.onnx", tmp_path / "wrong.onnx", "positions.bias")
     found = verify(model, OnnxModel(tmp_path / "wrong.onnx"), [images])
     assert [one.grid for one in found.faults] == ["mix.input_quantizer"] * 3

@@ -69,19 +69,24 @@ def test_the_example_serves_a_folder_where_torch_cannot_be_imported(folder: Path
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("size", "crop_pct"), [((40, 31), 0.9), ((30, 57), 1.0), ((32, 32), 0.5)])
+@pytest.mark.parametrize("sides", [(28, 28), (28, 36), (36, 20)])
 def test_preprocessing_is_that_of_timm_to_the_last_bit(
-    channels: int, interpolation: str, size: tuple[int, int], crop_pct: float
+    channels: int,
+    interpolation: str,
+    size: tuple[int, int],
+    crop_pct: float,
+    sides: tuple[int, int],
 ) -> None:
     mean, std = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
     preprocessing = {
-        "input_size": [channels, 28, 28], "mean": mean, "std": std, "crop_pct": crop_pct,
+        "input_size": [channels, *sides], "mean": mean, "std": std, "crop_pct": crop_pct,
         "interpolation": interpolation, "crop_mode": "center",
     }  # fmt: skip
-    prepare = Images.of_card({"preprocessing": preprocessing}, (channels, 28, 28)).prepare
+    prepare = Images.of_card({"preprocessing": preprocessing}, (channels, *sides)).prepare
     shape = (*size, 3) if channels == 3 else size
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     transform = create_transform(
-        (channels, 28, 28), interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct
+        (channels, *sides), interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct
     )
     assert (prepare(image) == transform(image).numpy()).all()  # type: ignore[operator]
 
