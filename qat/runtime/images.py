@@ -68,10 +68,10 @@ class Images:
         height, width = (math.floor(side / self.crop_pct) for side in self.size[1:])
         if height == width:
             shorter = min(image.size)
-            sides = tuple(int(width * side / shorter) for side in image.size)
+            sides = int(width * image.width / shorter), int(width * image.height / shorter)
         else:
             ratio = min(image.height / height, image.width / width)
-            sides = tuple(round(side / ratio) for side in image.size)
+            sides = round(image.width / ratio), round(image.height / ratio)
         if sides == image.size:
             return image
         return image.resize(sides, Image.Resampling[self.interpolation.upper()])
