@@ -182,7 +182,14 @@ def _static_int8(path: Path, out: Path, images: np.ndarray, operators: list[str]
         def get_next(self) -> Any:
             return next(self.left, None)
 
-    module.quantize_static(path, out, Reader(), per_channel=True, op_types_to_quantize=operators)
+    module.quantize_static(
+        path,
+        out,
+        Reader(),
+        per_channel=True,
+        op_types_to_quantize=operators,
+        activation_type=module.QuantType.QUInt8,  # its default, QInt8, gives a file that it refuses
+    )
 
 
 def _in_onnx_runtime(path: Path, image: np.ndarray) -> Callable[[], Any]:
