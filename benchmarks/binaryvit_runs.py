@@ -31,7 +31,6 @@ from dataclasses import asdict, replace
 import jobs
 from binaryvit_train import Job, train
 from jobs import Row
-from rich.console import Console
 from rich.table import Table
 
 LONG = 12  # epochs, what the budget of processor hours allows; short runs take `Job`'s
@@ -125,13 +124,5 @@ def _best(rows: list[Row], stage: str, default: Job) -> Job:
     return Job(**{key: row["settings"][key] for key in asdict(default)})
 
 
-def main() -> None:
-    given = jobs.arguments(__doc__, "binaryvit_imagenette").parse_args()
-    if given.table:
-        Console().print(table(jobs.read(given.rows)))
-        return
-    jobs.work(phases, train, given)
-
-
 if __name__ == "__main__":
-    main()
+    jobs.main(__doc__, "binaryvit_imagenette", phases, train, table)

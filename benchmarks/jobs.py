@@ -17,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import binaryvit_data as data
 import torch
+from rich.console import Console
+from rich.table import Table
 
 Row = dict[str, Any]
 
@@ -79,6 +81,21 @@ def work(
         claim.unlink()
         if given.once or given.job is not None:
             return
+
+
+def main(
+    about: str | None,
+    name: str,
+    phases: Callable[[list[Row], set[str]], list[list[J]]],
+    train: Callable[[J, Path], Row],
+    table: Callable[[list[Row]], Table],
+) -> None:
+    """A runner: its docstring, the name of its rows, its jobs, and how its rows are shown."""
+    given = arguments(about, name).parse_args()
+    if given.table:
+        Console().print(table(read(given.rows)))
+        return
+    work(phases, train, given)
 
 
 def arguments(about: str | None, name: str) -> argparse.ArgumentParser:

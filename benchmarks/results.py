@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import compress
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from qat.cli import ledger
@@ -132,7 +133,8 @@ def short_table(question: Question, runs: list[Run]) -> str:
         if not kept
     ]
     heads = ["", *compress(titles, differ)]
-    lines = [" ".join([f"**{question.question}**", question.about, *shared]), ""]
+    about = " ".join([f"**{question.question}**", question.about, *shared])
+    lines = [fill(about, 170), ""]
     lines += [f"| {' | '.join(heads)} | command |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
     for row, cells in rows.items():
         shown = " | ".join([row.label, *compress(cells, differ)])

@@ -34,7 +34,6 @@ from dataclasses import asdict, replace
 
 import jobs
 from jobs import Row
-from rich.console import Console
 from rich.table import Table
 from starts_train import Job, train
 
@@ -99,13 +98,5 @@ def _best(rows: list[Row], stage: str, arm: str) -> Job:
     return Job(**{key: row["settings"][key] for key in asdict(Job("", "", "", "", 0.0))})
 
 
-def main() -> None:
-    given = jobs.arguments(__doc__, "starts").parse_args()
-    if given.table:
-        Console().print(table(jobs.read(given.rows)))
-        return
-    jobs.work(phases, train, given)
-
-
 if __name__ == "__main__":
-    main()
+    jobs.main(__doc__, "starts", phases, train, table)

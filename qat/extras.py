@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 
 @contextmanager
@@ -21,3 +23,18 @@ def needs(extra: str, job: str) -> Iterator[None]:
         raise ValueError(
             f"cannot {job}: {error.name} is not installed; pip install 'lowbit-vit[{extra}]'"
         ) from None
+
+
+def imported(module: str, extra: str, job: str) -> Any:
+    """A module that an extra brings.
+
+    Args:
+        module: Its name.
+        extra: The name of the extra in `pyproject.toml`.
+        job: What it is for, an imperative.
+
+    Raises:
+        ValueError: If a package is missing.
+    """
+    with needs(extra, job):
+        return import_module(module)

@@ -7,7 +7,6 @@ of the stream. W&B keeps the model as an artifact where its setting `log_model` 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from math import isfinite
 from typing import Any
 
@@ -18,7 +17,7 @@ from qat.cli.console import console
 from qat.cli.exhibits import exhibit
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session
-from qat.extras import needs
+from qat.extras import imported
 
 EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard"}
 """Trackers that an extra brings, which is called like its module."""
@@ -139,5 +138,4 @@ def require_package(logger: str) -> None:
         ValueError: If its module is not installed.
     """
     if (extra := EXTRAS.get(logger)) is not None:
-        with needs(extra, f"log with {logger}"):
-            import_module(extra)
+        imported(extra, extra, f"log with {logger}")

@@ -17,7 +17,7 @@ from timm.data.dataset_factory import create_dataset
 from qat.data import tables
 from qat.data.classes import ClassNames, Labels, relabelled
 from qat.data.listing import class_folders, class_name, images_below, split_folder
-from qat.extras import needs
+from qat.extras import imported
 from qat.reading import decoded, read_bytes, read_file
 
 UNKNOWN = -1
@@ -131,17 +131,6 @@ def digits(split: str) -> Source:
     return Source(lambda i: Image.fromarray(pixels[i]), bunch.target[indices], 10, None, names)
 
 
-def _datasets() -> Any:
-    """The library of tables and hub sets.
-
-    Raises:
-        ValueError: If it is missing.
-    """
-    with needs("datasets", "read parquet files and hub sets"):
-        import datasets
-    return datasets
-
-
 def parquet(path: str, image: str = "image", label: str = "label") -> Source:
     """A parquet file with a column of encoded images and one of classes.
 
@@ -154,7 +143,7 @@ def parquet(path: str, image: str = "image", label: str = "label") -> Source:
         ValueError: If there is no such file or column, a row has no label, or `datasets` is
             missing.
     """
-    datasets = _datasets()
+    datasets = imported("datasets", "datasets", "read parquet files")
     try:
         table = datasets.load_dataset("parquet", data_files=path, split="train")
     except (FileNotFoundError, ValueError) as error:
@@ -281,7 +270,7 @@ def timm_source(
         folder = Path(root or ".")
         return image_folder(str(split_folder(folder, split) or folder))
     if name.startswith("hfds/"):
-        _datasets()
+        imported("datasets", "datasets", "read hub sets")
     dataset: Any = create_dataset(name, root=root, split=split, download=download)
     reader: Any = getattr(dataset, "reader", None)
     if hasattr(reader, "label_key"):

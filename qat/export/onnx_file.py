@@ -11,7 +11,7 @@ import numpy as np
 
 from qat.export.onnx import FORMAT
 from qat.export.runtimes import Engine, Run, onnx_runtime
-from qat.extras import needs
+from qat.extras import imported
 from qat.runtime.grids import See, unseen
 
 
@@ -37,8 +37,7 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path, engine: Engine = onnx_runtime) -> None:
-        with needs("export", "read ONNX files"):
-            onnx = import_module("onnx")
+        onnx = imported("onnx", "export", "read ONNX files")
         if not Path(path).is_file():
             raise ValueError(f"no ONNX file '{path}'; `train.py export --format onnx` writes one")
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.extras import needs
+from qat.extras import imported
 
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 """From inputs by name to outputs in order."""
@@ -32,8 +32,7 @@ def session_of(content: bytes, **options: Any) -> Any:
         content: The file.
         options: Attributes of its session options.
     """
-    with needs("export", "run ONNX files"):
-        runtime = import_module("onnxruntime")
+    runtime = imported("onnxruntime", "export", "run ONNX files")
     settings = runtime.SessionOptions()
     settings.log_severity_level = 3
     for name, value in options.items():
