@@ -129,9 +129,14 @@ def table(rows: list[Row]) -> str:
     ]
     unbuilt = [row for row in rows if row["checks"]["builds"] is not True]
     if unbuilt:
-        text += ["", "Not built:", ""]
-        text += [f"- `{row['line']}`: {row['checks']['builds']}" for row in unbuilt]
+        text += ["", "Not built by timm:", ""]
+        text += [f"- `{row['line']}`: {_cause(row['checks']['builds'])}" for row in unbuilt]
     return "\n".join([*text, ""])
+
+
+def _cause(reason: str) -> str:
+    """What timm says, of a line that says more."""
+    return reason.partition(";")[0].rpartition("': ")[2]
 
 
 def _line(row: Row, reasons: dict[str, int]) -> str:
