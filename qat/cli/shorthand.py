@@ -25,10 +25,20 @@ Meaning = Callable[[str, str], Mapping[str, Any]]
 """Settings, by dotted key, that a word stands for in a command."""
 
 
+FILES = (".ckpt", ".lowbit", ".onnx", ".pt", ".pth", ".safetensors")
+"""How the names of files of a model end."""
+
+
 def model(word: str) -> Any:
-    """What builds the model that a word names; a dotted path of Python is left as it is."""
+    """What builds the model that a word names; a dotted path of Python is left as it is.
+
+    Raises:
+        ValueError: If it is the name of a file, and there is none.
+    """
     if Path(word).is_file():
         return _component("qat.load", path=word)
+    if word.endswith(FILES):
+        raise ValueError(f"no file '{word}'; name a checkpoint, or a model of timm")
     if "." in word:
         import timm
 

@@ -59,6 +59,15 @@ def test_model_is_a_checkpoint_which_fit_trains_and_the_others_start_from(checkp
     assert _spelled("quantize", "--model", checkpoint) == {"ckpt_path": checkpoint}
 
 
+@pytest.mark.parametrize("command", ["fit", "predict"])
+@pytest.mark.parametrize("name", ["absent.ckpt", "runs/absent.lowbit", "absent.safetensors"])
+def test_file_that_is_not_there_is_named_as_a_file(
+    command: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs.run(command, "--model", name) == 2
+    assert f"error: no file '{name}'" in capsys.readouterr().err
+
+
 def test_class_path_and_plain_data_are_left_to_the_parser() -> None:
     for value in ("my.package.build", '{"class_path": "my.package.build"}', "null"):
         words = ["--model.model", value]
