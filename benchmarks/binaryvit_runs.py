@@ -11,10 +11,10 @@ decay, cosine to zero, batch 64. Needs LOWBIT_ASSETS. Data and teacher: `binaryv
 The phases, each of which starts when the one before is complete; a finished job is one line of the
 rows, so the command continues where it stopped, and may run once on each core at the same time:
 
-    lr     learning rates of the baseline                        short, judged on held-out images
-    grs    strengths and schedules of GRS G1                     short, judged on held-out images
-    core   baseline, +grs, +asm (A2 for A1), +both, three seeds  long, judged on `val` once
-    rest   other forms of GRS and ASM, `plain` blocks, one seed  long, judged on `val` once
+    lr     learning rates of the baseline                        judged on held-out images
+    grs    strengths and schedules of GRS G1                     judged on held-out images
+    core   baseline, +grs, +asm (A2 for A1), +both, three seeds  judged on `val` once
+    rest   other forms of GRS and ASM, `plain` blocks, one seed  judged on `val` once
 
 All settings of the last two are the best on a held-out tenth of the *training* images in the first
 two: nothing is chosen on `val`. Other forms take G1's best setting of their own coupling; G5's
@@ -33,7 +33,6 @@ from binaryvit_train import Job, train
 from jobs import Row
 from rich.table import Table
 
-LONG = 12  # epochs, what the budget of processor hours allows; short runs take `Job`'s
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 GRID = [  # schedule, strength, decoupled
     *(("cosine_ramp", strength, False) for strength in (0.003, 0.01, 0.03, 0.1)),
@@ -65,8 +64,8 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     found.append(searched)
     if not jobs.complete(searched, finished):
         return found
-    base = replace(base, stage="core", arm="baseline", epochs=LONG)
-    pulled = replace(_best(rows, "grs", base), stage="core", arm="grs", epochs=LONG)
+    base = replace(base, stage="core", arm="baseline")
+    pulled = replace(_best(rows, "grs", base), stage="core", arm="grs")
     arms = [
         base,
         pulled,
@@ -85,7 +84,7 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     for decoupled in (False, True):
         kind = "decoupled" if decoupled else "coupled"
         ours = [row for row in rows if row["settings"]["decoupled"] is decoupled]
-        best = replace(_best(ours, "grs", base), stage="rest", epochs=LONG)
+        best = replace(_best(ours, "grs", base), stage="rest")
         forms = [replace(best, arm=f"{form}-{kind}", form=form) for form in FORMS]
         rest += [job for job in forms if replace(job, stage="core", arm="grs") != pulled]
         if not decoupled:
