@@ -22,6 +22,7 @@ from qat.cli.mistakes import told
 from qat.cli.processes import Processes, processes_in
 from qat.cli.shorthand import spelled_out
 from qat.cli.words import of_trainer, require_once, with_save_dir
+from qat.plan import nearest
 
 COMMANDS = {
     "fit": "train: a teacher, a quantized or a binary model, with or without distillation",
@@ -125,15 +126,15 @@ def _with_command(words: list[str]) -> list[str]:
 
 def _no_command(word: str) -> int:
     """Print the help that was asked for, or say that there is no such command."""
-    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION, exit_on_error=False)
+    if not word.startswith("-"):
+        said = f"there is no command '{word}'{nearest(word, COMMANDS)}"
+        return _fail(ValueError(said), None, UNUSABLE)
+    parser = argparse.ArgumentParser(PROGRAM, description=DESCRIPTION)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(metavar="command", title="commands")
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
-    try:
-        parser.parse_args([word])
-    except argparse.ArgumentError as error:
-        return _fail(error, None, UNUSABLE)
+    parser.parse_args([word])
     return 0
 
 

@@ -222,7 +222,7 @@ def test_module_that_is_run_is_the_command_line(
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(module, run_name="__main__")
     assert caught.value.code == 2
-    assert "invalid choice: 'fitt'" in capsys.readouterr().err
+    assert "error: there is no command 'fitt'" in capsys.readouterr().err
 
 
 def test_interrupt_of_a_worker_is_left_to_the_process_it_works_for(teacher: Path) -> None:

@@ -123,7 +123,7 @@ def test_abbreviated_option_is_refused(word: str, refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("fitt",), r"invalid choice: 'fitt' \(choose from 'fit', 'test', 'quantize', 'search',"),
+        (("fitt",), r"there is no command 'fitt'; did you mean 'fit'\?$"),
         (("fit", "--config", "configs/defualt.yaml"), r"no recipe .*configs/default\.yaml"),
         (("fit", "--config", FLOAT, "--trainer.max_epochs", "many"), r"max_epochs.*many"),
         (("fit", "--config", FLOAT, "--model.optimizer", "torch.optim.Adan"), "Adan"),
