@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from ptq_init.repq_vit import RepQViT
 from qat.journal import Journal
-from qat.reconstruct import Reconstruction, Tuning, start_and_reconstruct
+from qat.reconstruct import JointTuning, Reconstruction, Tuning, start_and_reconstruct
 from qat.reconstruct.terms import OutputError, Step, Term
 
 
@@ -111,6 +111,7 @@ class MGRQ:
         temperature: tau of EBGS by logits.
         num_init: Images, the first ones, on which quantizers are calibrated.
         per_token: Weight the error of each token by its inverse energy in the search of ranges.
+        joint: Tunes all blocks together at the end; None leaves that out.
         seed: Seeds the choice of images.
     """
 
@@ -128,6 +129,7 @@ class MGRQ:
     exact_inputs: float = 0.5
     num_init: int = 32
     per_token: bool = True
+    joint: JointTuning | None = None
     seed: int = 0
 
     def __call__(
@@ -136,7 +138,7 @@ class MGRQ:
         """Initialise a converted model; quantizers on the first images, training on all."""
         start = RepQViT("paper", self.per_token)
         loop = self.reconstruction()
-        start_and_reconstruct(model, batches, start, self.num_init, loop, journal)
+        start_and_reconstruct(model, batches, start, self.num_init, loop, journal, self.joint)
 
     def reconstruction(self) -> Reconstruction:
         """The engine with MGRQ's losses."""

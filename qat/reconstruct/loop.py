@@ -19,7 +19,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,6 +35,8 @@ from qat.reconstruct.data import (
     token_importance,
     weights_of,
 )
+from qat.reconstruct.descent import descending, frozen
+from qat.reconstruct.joint import JointTuning
 from qat.reconstruct.stage import Stage
 from qat.reconstruct.stages import stages
 from qat.reconstruct.terms import Term
@@ -123,9 +124,7 @@ class Reconstruction:
         classes = torch.Generator().manual_seed(self.seed)
         importance = cache(lambda: token_importance(goal, images, classes, EVALUATION_BATCH))
         quantized = exact = images
-        trainable = {p for p in model.parameters() if p.requires_grad}
-        model.requires_grad_(False)
-        try:
+        with frozen(model):
             for index, (stage, reference) in enumerate(zip(chain, goal, strict=True)):
                 target = _run(reference.forward, exact)
                 part = f"{name}{stage.name}"
@@ -147,14 +146,11 @@ class Reconstruction:
                     )
                     generator = torch.Generator().manual_seed(self.seed * 1009 + index)
                     self._train(stage, reference, data, generator, partial(journal.step, part))
-                    journal.finish(part, _state(stage))
+                    journal.finish(part, stage.state())
                 else:
-                    _restore(stage, state)
+                    stage.restore(state)
                 quantized, exact = _run(stage.forward, quantized), target
                 view = None if view is None else _run(stage.forward, view)
-        finally:
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter in trainable)
 
     def _train(
         self,
@@ -165,38 +161,22 @@ class Reconstruction:
         report: Callable[[int, dict[str, float]], None],
     ) -> None:
         """Train one stage."""
-        opened = [choice.attach(stage.modules) for choice in self.train]
-        groups = [group for attachment in opened for group in attachment.groups]
-        if not groups:
-            return
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
         scales: dict[str, float] = {}
-        with dropped(stage, self.drop, generator), tapped(self._watched(stage, reference)) as taps:
+        with (
+            descending(self.train, stage.modules, self.num_steps) as descent,
+            dropped(stage, self.drop, generator),
+            tapped(self._watched(stage, reference)) as taps,
+        ):
+            if descent is None:
+                return
             for number in range(self.num_steps):
                 step = data.draw(self.batch_size, generator, stage, reference, taps)
                 values = {name: term(step) for name, term in self.terms.items()}
                 scales = scales or self._scales(values)
                 loss = torch.stack([scales[k] * value for k, value in values.items()]).sum()
-                for attachment in opened:
-                    penalty = attachment.penalty(number / self.num_steps)
-                    loss = loss if penalty is None else loss + penalty
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                for attachment in opened:
-                    attachment.after_step()
+                loss = descent.step(loss)
                 losses = {name: value.item() for name, value in values.items()}
                 report(number, {**losses, "loss": loss.item()})
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(False)
-        for attachment in opened:
-            attachment.close()
 
     def _watched(self, stage: Stage, reference: Stage) -> list[tuple[nn.Module, nn.Module]]:
         """The linear layers of both stages, if a term reads them."""
@@ -220,6 +200,7 @@ def start_and_reconstruct(
     num_start: int,
     loop: Reconstruction,
     journal: Journal | None,
+    joint: JointTuning | None = None,
 ) -> None:
     """Calibrate a converted model on the first images, then reconstruct it on all.
 
@@ -230,6 +211,7 @@ def start_and_reconstruct(
         num_start: How many images `start` gets.
         loop: The reconstruction, towards the float model as it is now.
         journal: Hears of the progress.
+        joint: Tunes all stages together at the end.
     """
     stages(model)  # refuses a model that it cannot divide, before any work
     images = joined(batches)
@@ -237,6 +219,8 @@ def start_and_reconstruct(
     with untouched_on_error(model):
         start(model, [images[:num_start]])
         loop(model, images, journal, original)
+        if joint is not None:
+            joint(model, images, original, journal)
 
 
 def activation_bytes(chain: list[Stage], images: Tensor, views: bool = False) -> int:
@@ -259,18 +243,3 @@ def activation_bytes(chain: list[Stage], images: Tensor, views: bool = False) ->
 @torch.no_grad()
 def _run(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([forward(part) for part in x.split(EVALUATION_BATCH)])
-
-
-def _state(stage: Stage) -> dict[str, Any]:
-    return {
-        f"{i}.{key}": value.clone() if isinstance(value, Tensor) else value
-        for i, module in enumerate(stage.modules)
-        for key, value in module.state_dict().items()
-    }
-
-
-def _restore(stage: Stage, state: Mapping[str, Any]) -> None:
-    for i, module in enumerate(stage.modules):
-        prefix = f"{i}."
-        own = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        module.load_state_dict(own)

@@ -1,6 +1,8 @@
 """The reconstruction engine: stages, terms, trainable sets, resuming."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from qat import Phase, convert_
 from qat.calibrate import Initialiser
 from qat.models import timm_model
 from qat.quantizers import Affine, LogSqrt2, PerOperand, TanQ, quantizers
-from qat.reconstruct import Reconstruction, activation_bytes
+from qat.reconstruct import JointTuning, Reconstruction, activation_bytes
 from qat.reconstruct.data import token_importance
 from qat.reconstruct.stages import stages
 from qat.reconstruct.terms import OutputError, Step
@@ -38,8 +40,9 @@ METHODS = [
     ),
     DopQViT(num_steps=2, batch_size=4),
     TTAQ(num_steps=2, batch_size=4, pem="C"),
+    MGRQ(num_steps=1, batch_size=4, joint=JointTuning(num_steps=2, batch_size=4)),
 ]
-NAMES = ["mgrq", "adaround", "dopq", "ttaq"]
+NAMES = ["mgrq", "adaround", "dopq", "ttaq", "joint"]
 BUILDS = [tiny_vit, tiny_swin]
 
 
@@ -118,6 +121,43 @@ def test_training_brings_each_block_closer_to_its_float_output(trained: str) -> 
     for part in ("blocks.0", "blocks.1"):
         losses = [values["block"] for name, _, values in journal.losses if name == part]
         assert sum(losses[-5:]) < 0.97 * sum(losses[:5]), part
+
+
+def test_joint_tuning_brings_all_outputs_closer_together() -> None:
+    batch, model = images(32), _converted(bits=3)
+    original = copy.deepcopy(model)
+    RepQViT()(model, [batch])
+    journal = Memory()
+    JointTuning(60, batch_size=32, lr=2e-3)(model, batch, original, journal)
+    for term in ("output", "logits"):
+        losses = [values[term] for name, _, values in journal.losses if name == "joint"]
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), term
+
+
+COMPILED = """
+import copy, torch
+from ptq_init.repq_vit import RepQViT
+from qat.reconstruct import JointTuning
+from tests.ptq_init.common import Memory, images
+from tests.qat.reconstruct.test_loop import _converted
+first = []
+for compiled in (False, True):
+    model, batch, journal = _converted(), images(16), Memory()
+    original = copy.deepcopy(model)
+    RepQViT()(model, [batch])
+    JointTuning(2, batch_size=16, compiled=compiled)(model, batch, original, journal)
+    first.append(journal.losses[0][2]["loss"])
+print(first[1] / first[0])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_joint_tuning_has_the_loss_of_the_eager_one_but_for_bfloat16() -> None:
+    """In a process of its own: the tests' checks of types do not compile."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True
+    )
+    assert float(done.stdout) == pytest.approx(1.0, rel=0.1)
 
 
 def test_targets_come_from_the_float_model_and_inputs_from_the_quantized_prefix() -> None:
@@ -338,6 +378,8 @@ def test_kept_activations_are_counted() -> None:
 def test_settings_without_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="num_steps and batch_size of at least 1 and drop"):
         Reconstruction({}, {}, (), **{"num_steps": 1, **wrong})
+    with pytest.raises(ValueError, match="joint tuning needs num_steps and batch_size"):
+        JointTuning(num_steps=0)
     with pytest.raises(ValueError, match=r"exact_inputs must be in \[0, 1\]"):
         Reconstruction({}, {}, (), 1, exact_inputs=1.5)
     with pytest.raises(ValueError, match="need weights"):
