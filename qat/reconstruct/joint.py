@@ -48,7 +48,7 @@ class JointTuning:
     batch_size: int = 16
     lr: float = 5e-5
     step_lr: float = 2e-3
-    output_weight: float = 10.0
+    output_weight: float = 100.0
     compiled: bool = False
     seed: int = 0
 
