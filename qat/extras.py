@@ -1,4 +1,4 @@
-"""Packages that only some jobs need: extras of ours, `pip install 'lowbit-vit[NAME]'`."""
+"""What only some jobs need: extras of ours, `pip install 'lowbit-vit[NAME]'`, and a compiler."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,3 +38,24 @@ def imported(module: str, extra: str, job: str) -> Any:
     """
     with needs(extra, job):
         return import_module(module)
+
+
+def require_compiler(switch: str) -> None:
+    """Refuse `torch.compile` on a processor where no C++ compiler works, before any work is done.
+
+    Args:
+        switch: The setting that asks for it.
+
+    Raises:
+        ValueError: If none works.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ValueError(
+            f"{switch} needs a C++ compiler, and none works here; install g++ or clang++, name one "
+            f"by the variable CXX, or set {switch} to false"
+        ) from None

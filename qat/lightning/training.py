@@ -15,6 +15,7 @@ from qat.calibrate import calibrate
 from qat.card import amend
 from qat.component import describe
 from qat.convert import Conversion, convert_
+from qat.extras import require_compiler
 from qat.journal import Journal, NoJournal
 from qat.plan import Plan, load_plan
 from qat.quantizers import LSQ, Factory, Phase, QuantizerFactory, quantizers
@@ -125,6 +126,8 @@ class Training(LightningModule):
     def on_fit_start(self) -> None:
         """Initialise quantizers that are still in float; a resumed run has them already."""
         files.require_loadable(self.model)
+        if self.compiles and self.device.type == "cpu":
+            require_compiler("model.compile")
         fresh = [q for _, q in quantizers(self.model) if q.phase is Phase.FLOAT]
         if fresh:
             batches = (self._here(batch) for batch in self.calibration_batches())

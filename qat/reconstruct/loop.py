@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.calibrate import Initialiser, joined, untouched_on_error
+from qat.extras import require_compiler
 from qat.journal import Journal, NoJournal
 from qat.quantizers import Phase, set_phase
 from qat.reconstruct.data import (
@@ -215,6 +216,8 @@ def start_and_reconstruct(
     """
     stages(model)  # refuses a model that it cannot divide, before any work
     images = joined(batches)
+    if joint is not None and joint.compiled and images.device.type == "cpu":
+        require_compiler("joint.compiled")
     original = copy.deepcopy(model)
     with untouched_on_error(model):
         start(model, [images[:num_start]])

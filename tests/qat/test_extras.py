@@ -6,12 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch._inductor.config
 
+from ptq_init.mgrq import MGRQ
+from qat import convert_
 from qat.cli.commands.adapt import StreamSettings
 from qat.cli.trackers import require_package
 from qat.data import sources
 from qat.data.corruptions import Domain, corrupt, require
 from qat.data.protocols import Arrival, Continual
+from qat.quantizers import Affine
+from qat.reconstruct import JointTuning
+from tests.ptq_init.common import Memory, images, plan, tiny_vit
 from tests.runs import ROOT
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -64,3 +70,16 @@ def test_photos_as_they_are_need_no_extra(hidden: Callable[[str], None]) -> None
 def test_extra_of_development_holds_every_extra_that_tests_need() -> None:
     named = " ".join(EXTRAS["dev"])
     assert all(extra in named for extra in JOBS)
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    journal, model = Memory(), tiny_vit()
+    convert_(model, plan(4), Affine)
+    before = model.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    method = MGRQ(num_steps=1, joint=JointTuning(1, compiled=True))
+    with pytest.raises(ValueError, match=r"joint\.compiled needs a C\+\+ compiler.*to false"):
+        method(model, [images(4)], journal)
+    assert not journal.losses and model.blocks[0].attn.qkv.weight.equal(before)
