@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,17 @@ LENGTH = frozenset(
 """What a run that is continued may have otherwise: how long it trains."""
 
 
+@dataclass(frozen=True)
+class Watching:
+    """How a training is watched by the doctor.
+
+    Args:
+        strict: End the run at the first fault.
+    """
+
+    strict: bool = False
+
+
 def train(session: Session) -> None:
     """Train, evaluate, and write `metrics.json`; what has to be trained first comes first."""
     session = short(session)
@@ -53,11 +64,12 @@ def train(session: Session) -> None:
     if is_first_process():
         asked.keep_recipe()
     tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
-    doctor = Doctor(**session.section("doctor"), tell=partial(_tell, session.folder))
+    watching, tell = session.objects("doctor").doctor, partial(_tell, session.folder)
+    doctor = Doctor(watching.strict, tell) if watching else None
     callbacks = [interrupt, *_checkpoints(session, schedule)]
     if any(True for _ in quantizers(module.model)):
         callbacks += [tracker, Records(session.folder.path, tracker)]
-    callbacks.append(doctor)
+    callbacks += [doctor] if doctor else []
     with trackers(session) as loggers:
         csv_logger = session.folder.logger(None if resume is None else _step(resume))
         trainer = session.trainer([csv_logger, *loggers], callbacks)
@@ -80,7 +92,7 @@ def train(session: Session) -> None:
                 "epochs": trainer.current_epoch,
                 "n_refused_train": len(data.refused["train"].faults),
                 **tracker.summary(),
-                "doctor": doctor.found,
+                **({"doctor": doctor.found} if doctor else {}),
             }
         finish(session.folder, loggers, items)
 

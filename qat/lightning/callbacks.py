@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class OscillationTracker(Callback):
         self.step = 0
         self._entropy: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._balance: dict[str, list[Tensor]] = {}
-        self._hooks: list[Any] = []
+        self._listening = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the codes at the start of training, unless a resumed run brought them."""
@@ -97,13 +98,12 @@ class OscillationTracker(Callback):
         for name, quantizer in quantizers(model_of(pl_module)):
             if _is_binary_activation(quantizer) and quantizer.phase is Phase.QUANTIZE:
                 self._entropy[name], self._balance[name] = [], []
-                self._hooks.append(quantizer.register_forward_hook(self._listen(name)))
+                handle = quantizer.register_forward_hook(self._listen(name))
+                self._listening.callback(handle.remove)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the use of binary activations, mean over their quantizers."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._listening.close()
         self.signs = [
             {"layer": name} | dict(zip(BALANCE, _mean(seen), strict=True))
             for name, seen in self._balance.items()
@@ -117,6 +117,14 @@ class OscillationTracker(Callback):
             self.last["sign_entropy"], self.last["dead_channels"] = float(entropy), float(dead)
             pl_module.log("activations/sign_entropy", entropy, sync_dist=True)
             pl_module.log("activations/dead_channels", dead, sync_dist=True)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave nothing on the model where a batch failed."""
+        self._listening.close()
+        self._entropy.clear()
+        self._balance.clear()
 
     def summary(self) -> dict[str, Any]:
         """What `metrics.json` keeps: last values, flip rates over training, and every layer.

@@ -23,14 +23,16 @@ from qat.train import doctor
 from qat.train.doctor import Diagnosis
 
 EVERY = 50
-"""Steps between two looks at the scales."""
+"""Steps between two looks at a thing: scales, clipped values, or the average of weights."""
 
 
 class Doctor(Callback):
     """Tells the faults of `qat.train.doctor`, each once in a run.
 
-    Scales are looked at every 50 steps, clipped values in the first batch of a validation, losses
-    and flips at the end of an epoch, and where the loss is not finite the batch is run again.
+    Scales are looked at every 50 steps, clipped values in the first batch of a validation, losses,
+    flips and averages at the end of an epoch, and where the loss is not finite the batch is run
+    again. What takes long, clipped values and averages, is left out within 50 steps of the last
+    look, unless training ends.
 
     Args:
         strict: End the run at the first fault.
@@ -49,6 +51,7 @@ class Doctor(Callback):
         self._total, self._steps, self._rate = torch.zeros(()), 0, 0.0
         self._clipped: dict[str, tuple[int, float]] = {}
         self._looking = ExitStack()
+        self._looked: dict[str, int] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note where scales start, and look at the optimizer."""
@@ -109,7 +112,8 @@ class Doctor(Callback):
             for tracker in trackers:
                 flips = doctor.frozen_signs(tracker.flip_rates, self.rates, strength)
                 self._report(trainer, flips)
-        if 2 * trainer.global_step >= trainer.estimated_stepping_batches:
+        second_half = 2 * trainer.global_step >= trainer.estimated_stepping_batches
+        if second_half and self._is_due("average", trainer):
             self._report(trainer, self._of_average(trainer, pl_module))
 
     def on_validation_batch_start(
@@ -121,7 +125,7 @@ class Doctor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Listen to the operands of the first batch."""
-        if batch_idx or dataloader_idx:
+        if batch_idx or dataloader_idx or not self._is_due("clipped", trainer):
             return
         for name, quantizer in quantizers(model_of(pl_module)):
             if isinstance(quantizer, Affine | LSQ) and quantizer.phase is Phase.QUANTIZE:
@@ -147,6 +151,13 @@ class Doctor(Callback):
             lr = None if trainer.sanity_checking else _lr(trainer)
             self._report(trainer, doctor.saturation(clipped, lr))
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave nothing on the model where a batch failed."""
+        self._looking.close()
+        self._clipped = {}
+
     def state_dict(self) -> dict[str, Any]:
         """What was said and seen, so that a resumed run does not repeat it."""
         return {"found": self.found, "losses": self.losses, "rates": self.rates}
@@ -155,6 +166,13 @@ class Doctor(Callback):
         """Continue from there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+    def _is_due(self, what: str, trainer: Trainer) -> bool:
+        step, last = trainer.global_step, self._looked.get(what, -EVERY)
+        due = step - last >= EVERY or step >= trainer.estimated_stepping_batches
+        if due:
+            self._looked[what] = step
+        return due
 
     def _look_at_scales(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scales = {n: s.detach() for n, s in _scales(pl_module).items() if n in self._starts}

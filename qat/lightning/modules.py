@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
@@ -108,6 +109,10 @@ class Distillation(Training):
                 self._taps = [FeatureTap(m, layers) for m in (self.model, self.teacher)]
         super().on_fit_start()
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What calls `on_fit_end` where training fails."""
+        return [_Untap()]
+
     def on_fit_end(self) -> None:
         """Leave the compared layers alone again."""
         for tap in self._taps:
@@ -143,6 +148,15 @@ class Distillation(Training):
         if self.top5 is not None:
             self.top5(hits(logits, labels, 5, len(faults)))
             self.log("val/top5", self.top5)
+
+
+class _Untap(Callback):
+    """Leaves compared layers alone where training fails."""
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        pl_module.on_fit_end()
 
 
 def _require_same_task(model: nn.Module, teacher: nn.Module) -> None:

@@ -15,8 +15,9 @@ from qat.quantizers import LSQ, Affine
 DEAD = 1e-3
 """Share of its starting size below which a scale counts as dead."""
 LARGEST_CLIPPED = {2: 0.8, 3: 0.6}
-"""Share of an operand's values that may lie outside of its grid, by bits; `CLIPPED` for others."""
+"""Share of an operand's values that may lie outside of its grid, by bits."""
 CLIPPED = 0.4
+"""The same share for operands of other bits."""
 LEAST_FALL = 0.02
 """Share of its first value by which the loss of a training has to fall."""
 LEAST_STEPS = 30

@@ -12,15 +12,19 @@ from qat.cli.console import console, show
 from qat.cli.inputs import evaluation_inputs
 from qat.cli.run_folder import RunFolder, is_first_process
 from qat.cli.session import Session, in_run_folder
-from qat.cli.training import train
-from qat.lightning.doctor import Doctor
+from qat.cli.training import Watching, train
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `fit`."""
     add_run_arguments(parser)
     add_training_arguments(parser)
-    parser.add_class_arguments(Doctor, "doctor", skip={"tell"}, instantiate=False)
+    parser.add_argument(
+        "--doctor",
+        type=Watching | None,
+        default=Watching(),
+        help="Look for faults of the training; null looks for none.",
+    )
     parser.add_argument(
         "--export",
         type=Literal["packed"] | None,

@@ -1,5 +1,6 @@
 """The doctor says the very fault that a test puts into a training, and nothing of a healthy one."""
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,17 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch.optim import AdamW
 
+import qat
 from binaryvit import BinaryQuantizers
 from binaryvit.convert import react_
 from binaryvit.grs import GRS, DistancePull, constant
+from qat.cli.main import make_parser
 from qat.lightning.callbacks import OscillationTracker
 from qat.lightning.doctor import Doctor
 from qat.lightning.modules import Distillation
+from qat.train import doctor as faults
+from qat.train.doctor import Diagnosis
+from qat.train.losses import Objective
 from tests import runs
 from tests.conftest import make_tiny_vit
 from tests.qat.common import plan
@@ -182,29 +188,71 @@ def test_strict_ends_the_run_by_one_line_that_is_kept(
     assert not (folder / "metrics.json").exists()
 
 
+class BadBatch(Callback):
+    """Fails in the middle of the first batch that validates."""
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        raise OSError("no such image")
+
+
+@pytest.mark.parametrize("make", [_lsq, partial(_binary, lr=3e-3)])
+def test_no_hook_stays_on_a_model_whose_validation_fails(
+    make: Callable[[], Distillation], tmp_path: Path
+) -> None:
+    """Of doctor, tracker, and the taps of an objective that compares layers."""
+    teacher = tmp_path / "teacher.ckpt"
+    qat.save(make_tiny_vit(), teacher)
+    tapped = Distillation(
+        make().model, teacher=str(teacher), objective=Objective(hard=1.0, feature=1.0)
+    )
+    callbacks = (OscillationTracker(), Doctor(tell=lambda _: None), BadBatch())
+    with pytest.raises(OSError, match="no such image"):
+        fit(tapped, tmp_path, *callbacks)
+    assert tapped.teacher is not None
+    for model in (tapped.model, tapped.teacher):
+        for name, part in model.named_modules():
+            assert not part._forward_hooks and not part._forward_pre_hooks, name
+
+
+def test_doctor_of_null_watches_nothing(teacher: Path, tmp_path: Path) -> None:
+    config, folder = "configs/qat/digits_w4a4_lsq.yaml", tmp_path / "run"
+    words = ("--config", config, "--model.teacher", teacher, "--run_dir", folder, *runs.SHORT)
+    broken = ("--model.optimizer.init_args.lr", "3.0")
+    assert runs.run("fit", *words, *broken, "--doctor", "null") == 0
+    assert "doctor" not in runs.metrics(folder) and not (folder / "doctor.txt").exists()
+
+
 def test_metrics_hold_what_the_doctor_said(lsq_run: Path, binary_run: Path) -> None:
     assert runs.metrics(lsq_run)["doctor"] == runs.metrics(binary_run)["doctor"] == []
 
 
-def test_every_suggestion_is_a_flag_of_fit(teacher: Path) -> None:
-    from qat.cli.main import make_parser
-    from qat.train import doctor
-
+def _faults() -> list[Diagnosis]:
+    """One of each kind, and each suggestion."""
     one = torch.ones(1)
     found = [
-        doctor.signs_of_scales({"a": -one}, {"a": one}, 0.01),
-        doctor.saturation({"a": (8, 1.0)}),
-        doctor.not_finite(0, "a", True, "32-true"),
-        doctor.not_finite(0, "a", True, "bf16-mixed"),
-        doctor.decay_of_scales({"a": 0.1}),
-        doctor.averaging(1.0, 2.0),
-        doctor.plateau([1.0, 1.0, 1.0], 30, 0.01),
-        doctor.plateau([1.0, 2.0, 2.0], 30, 0.01),
-        doctor.frozen_signs([0.0], [1.0], 0.1),
+        faults.signs_of_scales({"a": -one}, {"a": one}, 0.01),
+        faults.saturation({"a": (8, 1.0)}),
+        faults.not_finite(0, "a", True, "32-true"),
+        faults.not_finite(0, "a", True, "bf16-mixed"),
+        faults.decay_of_scales({"a": 0.1}),
+        faults.averaging(1.0, 2.0),
+        faults.plateau([1.0, 1.0, 1.0], 30, 0.01),
+        faults.plateau([1.0, 2.0, 2.0], 30, 0.01),
+        faults.frozen_signs([0.0], [1.0], 0.1),
     ]
+    assert None not in found
+    return [diagnosis for diagnosis in found if diagnosis]
+
+
+def test_every_suggestion_is_a_flag_of_fit(teacher: Path) -> None:
     parser = make_parser("fit")
-    for diagnosis in found:
-        assert diagnosis is not None
+    for diagnosis in _faults():
         words = diagnosis.suggestion.split()
         config = parser.parse_args(["--config", str(runs.ROOT / "configs/default.yaml"), *words])
         assert config is not None
+
+
+def test_page_of_the_doctor_has_a_row_for_each_fault() -> None:
+    page = (runs.ROOT / "docs/doctor.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted({diagnosis.fault for diagnosis in _faults()})
