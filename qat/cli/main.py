@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _no_command(name)
     status, parser = UNUSABLE, None
     try:
+        _let_recipes_find_modules()
         here = replace(processes_in(os.environ), alone=name in IN_ONE_PROCESS)
         _tell_rank(here)
         _quieten()
@@ -83,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # of any library; a user gets one line, whoever raised it
         return _fail(error, parser, status)
     return 0
+
+
+def _let_recipes_find_modules() -> None:
+    """Let a recipe name modules of the working folder; they come last, so they hide no others."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
 
 
 def _run(name: str, parser: Any, config: Any, words: list[str], here: Processes) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,21 @@ def _plan(tmp_path: Path, *rules: dict[str, Any]) -> Path:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(list(rules)))
     return path
+
+
+def test_recipe_may_name_a_module_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever program was called; modules of that folder hide no others."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    Path("working_folder_part.py").write_text("import qat\n\nmade = qat.timm_model\n")
+    Path("yaml.py").write_text("raise RuntimeError\n")
+    recipe = yaml.safe_load((runs.ROOT / FLOAT).read_text())
+    recipe["model"]["model"]["class_path"] = "working_folder_part.made"
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["plan", "--config", "recipe.yaml"]) == 0
+    assert "blocks.0.attn.qkv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
