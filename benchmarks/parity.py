@@ -26,7 +26,7 @@ import qat
 from binaryvit import BinaryQuantizers
 from binaryvit.asm import DynamicShift, StaticShift
 from binaryvit.convert import react_
-from qat import Plan, kernels, runtime
+from qat import Plan, disk, kernels, runtime
 from qat.card import expected_by
 from qat.cli.inputs import preparing
 from qat.data.sources import Source, parquet
@@ -62,8 +62,14 @@ def main() -> None:
         row = {"model": MODELS[case], **compared(qat.load(path), images("test"))}
         row["command"] = f"python benchmarks/parity.py {case}"
         print(row, flush=True)
-        with ROWS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(row, ROWS)
+
+
+def keep(row: dict[str, Any], path: Path) -> None:
+    """Write a row into a file of rows, in place of the one of the same model."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = {one["model"]: one for one in map(json.loads, lines)} | {row["model"]: row}
+    disk.write(path, "".join(f"{json.dumps(one)}\n" for one in rows.values()))
 
 
 def images(split: str) -> Source:
