@@ -197,8 +197,8 @@ class Reconstruction:
 def start_and_reconstruct(
     model: nn.Module,
     batches: Iterable[Tensor],
-    start: Initialiser,
-    num_start: int,
+    initialise: Initialiser,
+    num_init: int,
     loop: Reconstruction,
     journal: Journal | None,
     joint: JointTuning | None = None,
@@ -208,8 +208,8 @@ def start_and_reconstruct(
     Args:
         model: A converted model; as it was if anything raises.
         batches: Preprocessed images.
-        start: Calibrates its quantizers.
-        num_start: How many images `start` gets.
+        initialise: Calibrates its quantizers.
+        num_init: How many images that takes.
         loop: The reconstruction, towards the float model as it is now.
         journal: Hears of the progress.
         joint: Tunes all stages together at the end.
@@ -220,7 +220,7 @@ def start_and_reconstruct(
         require_compiler("joint.compiled")
     original = copy.deepcopy(model)
     with untouched_on_error(model):
-        start(model, [images[:num_start]])
+        initialise(model, [images[:num_init]])
         loop(model, images, journal, original)
         if joint is not None:
             joint(model, images, original, journal)
