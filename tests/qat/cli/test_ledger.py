@@ -1,6 +1,8 @@
 """The ledger: every published number has a command, a band, and pages that say the same."""
 
 import json
+import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 import pytest
 import results
 
+from ptq_init import repq_vit
 from qat.cli import ledger
 from qat.cli.ledger import Question, Row
 from qat.cli.recipe import load_recipe
+from tests import runs
 
 ROW = Row("digits", "LSQ", "fit --config qat/digits_w4a4_lsq", "top1", 0.01)
 QUESTION = Question("How good is it?", "On digits.", {"top1": "top-1"}, (ROW,))
@@ -61,6 +65,42 @@ def test_every_row_names_recipes_that_exist(monkeypatch: pytest.MonkeyPatch) -> 
                 if flag == "--config":
                     assert load_recipe(value)
     assert len(names) == len(set(names))
+
+
+def test_changed_constant_of_a_method_makes_its_row_fail(
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = f"quantize --config ptq/digits --model.teacher {teacher}"
+    row = Row("repq", "RepQ-ViT", command, "logit_error", 0.005)
+    recorded: list[dict[str, Any]] = []
+    monkeypatch.setattr(ledger, "questions", lambda: [replace(QUESTION, rows=(row,))])
+    monkeypatch.setattr(ledger, "runs", lambda: recorded)
+    monkeypatch.setattr(
+        ledger,
+        "record",
+        lambda row, _, metrics: recorded.append({"name": row.name, "measures": metrics}),
+    )
+    assert runs.run("reproduce", "repq", "--run_dir", tmp_path / "a", "--record", "true") == 0
+    monkeypatch.setattr(repq_vit, "SMALLEST_SHARE", 2.0)
+    assert runs.run("reproduce", "repq", "--run_dir", tmp_path / "b") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'repq' lies outside its band: logit_error" in line
+    assert runs.metrics(tmp_path / "a")["inside"] and not runs.metrics(tmp_path / "b")["inside"]
+
+
+def _quick() -> list[str]:
+    """Rows that a run has given in less than two minutes, on a processor."""
+    return sorted({run["name"] for run in ledger.runs() if run["seconds"] < 120})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LOWBIT_ASSETS" not in os.environ, reason="needs the folder LOWBIT_ASSETS")
+@pytest.mark.parametrize("name", _quick())
+def test_quick_row_still_holds(name: str, tmp_path: Path) -> None:
+    assert runs.run("reproduce", name, "--run_dir", tmp_path / "run") == 0
 
 
 def test_pages_are_what_the_recorded_runs_give(tmp_path: Path) -> None:
