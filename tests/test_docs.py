@@ -1,5 +1,7 @@
 """The documentation: every page is found, every link leads somewhere, every method has a page."""
 
+import doctest
+import importlib
 import inspect
 import re
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import ptq_init
@@ -19,6 +22,7 @@ DOCS = runs.ROOT / "docs"
 BROUGHT = {"index.md", "changes.md", "contributing.md", "security.md", "commands.md"}
 """Pages that `docs/hooks.py` brings from elsewhere or makes."""
 GUIDES = sorted((DOCS / "guides").glob("*.md"))
+METHODS = sorted((DOCS / "methods").glob("*.md"))
 
 
 def _named(nav: Any) -> Iterator[str]:
@@ -48,7 +52,7 @@ def test_guides_are_short() -> None:
 
 
 def test_every_quantizer_initialiser_and_method_of_adaptation_has_a_page() -> None:
-    pages = "\n".join(path.read_text() for path in (DOCS / "methods").glob("*.md"))
+    pages = "\n".join(path.read_text() for path in METHODS)
     named = [
         name
         for package, kind in ((quantizers, quantizers.Quantizer), (tta, tta.Method))
@@ -61,6 +65,34 @@ def test_every_quantizer_initialiser_and_method_of_adaptation_has_a_page() -> No
     assert len(named) > 15 and len(files) > 5
     for name in (*named, *(f"ptq_init.{file}" for file in files)):
         assert re.search(rf"\b{re.escape(name)}\b", pages), name
+
+
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROGRAMS = [path for path in (DOCS / "api.md", *METHODS) if "```python" in path.read_text()]
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for program in re.findall(
+        r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        exec(program, names)
+
+
+MODULES = [
+    ".".join(path.relative_to(runs.ROOT).with_suffix("").parts)
+    for package in ("qat", "binaryvit", "ptq_init")
+    for path in (runs.ROOT / package).rglob("*.py")
+    if ">>> " in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_give_what_they_say(name: str) -> None:
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
 
 @pytest.mark.slow
