@@ -41,9 +41,11 @@ class Watching:
     """How a training is watched by the doctor.
 
     Args:
+        enabled: Look for faults.
         strict: End the run at the first fault.
     """
 
+    enabled: bool = True
     strict: bool = False
 
 
@@ -64,8 +66,8 @@ def train(session: Session) -> None:
     if is_first_process():
         asked.keep_recipe()
     tracker, interrupt = OscillationTracker(), OrderlyInterrupt()
-    watching, tell = session.objects("doctor").doctor, partial(_tell, session.folder)
-    doctor = Doctor(watching.strict, tell) if watching else None
+    watching, tell = Watching(**session.section("doctor")), partial(_tell, session.folder)
+    doctor = Doctor(watching.strict, tell) if watching.enabled else None
     callbacks = [interrupt, *_checkpoints(session, schedule)]
     if any(True for _ in quantizers(module.model)):
         callbacks += [tracker, Records(session.folder.path, tracker)]

@@ -19,12 +19,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Arguments of `fit`."""
     add_run_arguments(parser)
     add_training_arguments(parser)
-    parser.add_argument(
-        "--doctor",
-        type=Watching | None,
-        default=Watching(),
-        help="Look for faults of the training; null looks for none.",
-    )
+    parser.add_class_arguments(Watching, "doctor", instantiate=False)
     parser.add_argument(
         "--export",
         type=Literal["packed"] | None,

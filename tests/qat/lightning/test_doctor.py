@@ -218,7 +218,7 @@ def test_doctor_of_null_watches_nothing(teacher: Path, tmp_path: Path) -> None:
     config, folder = "configs/qat/digits_w4a4_lsq.yaml", tmp_path / "run"
     words = ("--config", config, "--model.teacher", teacher, "--run_dir", folder, *runs.SHORT)
     broken = ("--model.optimizer.init_args.lr", "3.0")
-    assert runs.run("fit", *words, *broken, "--doctor", "null") == 0
+    assert runs.run("fit", *words, *broken, "--doctor.enabled", "false") == 0
     assert "doctor" not in runs.metrics(folder) and not (folder / "doctor.txt").exists()
 
 
