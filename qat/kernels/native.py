@@ -32,6 +32,7 @@ _SIGNATURES = {
     "integer_linear": "ppppnnnp",
     "plain_block": "pnnnp",
     "binary_block": "pnnnp",
+    "knapsack": "pppnnnppp",
     "popcount_limit": "np",
 }
 """Arguments of each: an address, a length, a float."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qat.cost.count import Width
+from qat.kernels.knapsack import knapsack
 
 CELLS = 2**14
 """Most cells of a frontier: resolution of the cost."""
@@ -73,12 +74,12 @@ class Frontier:
     Attributes:
         costs: Total cost of each point.
         losses: Total loss of each point.
-        picks: For each point, the option of each component.
+        picks: From the index of a point to the option of each component.
     """
 
     costs: np.ndarray
     losses: np.ndarray
-    picks: np.ndarray
+    picks: Callable[[int], Picks]
 
     def within(self, budget: float) -> int:
         """Index of the best point whose cost is within a budget.
@@ -124,89 +125,102 @@ def frontier(components: Sequence[Component], cells: int = CELLS) -> Frontier:
         components: At least one.
         cells: Most cells of the cost; more are slower and, where costs are rounded, finer.
     """
-    steps, exact = _in_units(components, cells)
-    size = 1 + sum(step[-1] for step in steps)
-    best = np.full(size, np.inf)
-    best[0] = 0.0
-    choices = np.zeros((len(components), size), dtype=np.uint8)
-    reach = 1
-    for i, (component, step) in enumerate(zip(components, steps, strict=True)):
-        found = np.full(size, np.inf)
-        for j, (shift, option) in enumerate(zip(step, component.options, strict=True)):
-            window = slice(shift, shift + reach)
-            candidate = best[:reach] + option.loss
-            better = candidate < found[window]
-            np.copyto(found[window], candidate, where=better)
-            np.copyto(choices[i, window], j, where=better)
-        best = found
-        reach += step[-1]
-    ends = np.flatnonzero(best < np.minimum.accumulate(np.concatenate(([np.inf], best[:-1]))))
-    picks = np.zeros((len(ends), len(components)), dtype=np.int64)
-    at = ends.copy()
-    for i in range(len(components) - 1, -1, -1):
-        picks[:, i] = choices[i, at]
-        at = at - np.asarray(steps[i])[picks[:, i]]
-    if not exact:  # rounding may have lost points that the hull has
-        picks = np.concatenate((picks, hull(components).picks))
-    return _pareto(components, picks)
+    costs, losses = _tables(components)
+    steps, exact = _in_units(costs, cells)
+    least, spent, choices = knapsack(steps, losses, costs)
+    ends = np.flatnonzero(_falling(least))
+
+    def picks(end: int) -> Picks:
+        cell, found = ends[end], []
+        for choice, step in zip(choices[::-1], steps[::-1], strict=True):
+            found.append(int(choice[cell]))
+            cell -= step[found[-1]]
+        return tuple(found[::-1])
+
+    found = Frontier(spent[ends], least[ends], picks)
+    return found if exact else _united(found, hull(components))  # rounding may lose its points
 
 
 def hull(components: Sequence[Component]) -> Frontier:
     """The points of the frontier that minimise loss + lambda * cost for some lambda."""
-    moves = []
-    for i, component in enumerate(components):
-        corner = 0
-        options = component.options
-        while corner < len(options) - 1:
-            slopes = [
-                ((options[j].loss - options[corner].loss), (options[j].cost - options[corner].cost))
-                for j in range(corner + 1, len(options))
-            ]
-            ratios = [loss / cost for loss, cost in slopes]
-            steepest = min(ratios)
-            # Of equally steep ones the farthest, so that slopes rise strictly along the component.
-            following = corner + 1 + max(j for j, r in enumerate(ratios) if r == steepest)
-            moves.append((steepest, i, following))
-            corner = following
-    picks = [[0] * len(components)]
-    for _, i, option in sorted(moves):
-        picks.append([*picks[-1][:i], option, *picks[-1][i + 1 :]])
-    return _pareto(components, np.asarray(picks))
+    costs, losses = _tables(components)
+    moves = sorted(
+        (slope, i, option)
+        for i, component in enumerate(components)
+        for slope, option in _moves(component.options)
+    )
+    picks = np.zeros((1 + len(moves), len(components)), dtype=np.int64)
+    for point, (_, i, option) in enumerate(moves, 1):
+        picks[point, i] = option
+    np.maximum.accumulate(picks, out=picks)
+    chosen = np.arange(len(components))[:, None], picks.T
+    return Frontier(
+        costs[chosen].sum(0), losses[chosen].sum(0), lambda point: tuple(picks[point].tolist())
+    )
 
 
 def best(components: Sequence[Component], budget: float, seed: int = 0) -> Picks:
     """The point of the frontier for a budget."""
     found = frontier(components)
-    return tuple(int(pick) for pick in found.picks[found.within(budget)])
+    return found.picks(found.within(budget))
 
 
-def totals(
-    components: Sequence[Component], picks: Sequence[int] | np.ndarray
-) -> tuple[float, float]:
+def totals(components: Sequence[Component], picks: Sequence[int]) -> tuple[float, float]:
     """Total cost and total loss of a choice."""
-    chosen = [c.options[int(pick)] for c, pick in zip(components, picks, strict=True)]
+    chosen = [c.options[pick] for c, pick in zip(components, picks, strict=True)]
     return sum(o.cost for o in chosen), sum(o.loss for o in chosen)
 
 
-def _in_units(components: Sequence[Component], cells: int) -> tuple[list[list[int]], bool]:
-    """Cost of every option above the component's cheapest, in whole units; True if exactly so."""
-    above = [np.array([o.cost - c.options[0].cost for o in c.options]) for c in components]
-    most = sum(float(costs[-1]) for costs in above)
-    unit, exact = max(most / cells, np.finfo(float).tiny), False
-    if all((costs == costs.round()).all() and costs.max() < 2**53 for costs in above):
-        common = int(np.gcd.reduce(np.concatenate(above).astype(np.int64)))
-        unit, exact = (common, True) if common >= unit else (unit, False)
-    return [np.rint(costs / unit).astype(np.int64).tolist() for costs in above], exact
-
-
-def _pareto(components: Sequence[Component], picks: np.ndarray) -> Frontier:
-    """Totals of choices, without those that another beats."""
-    costs, losses = np.zeros(len(picks)), np.zeros(len(picks))
+def _tables(components: Sequence[Component]) -> tuple[np.ndarray, np.ndarray]:
+    """Costs and losses (components, options); the last cost and no finite loss beyond the last."""
+    shape = len(components), max(len(component.options) for component in components)
+    costs, losses = np.empty(shape), np.full(shape, np.inf)
     for i, component in enumerate(components):
-        costs += np.array([o.cost for o in component.options])[picks[:, i]]
-        losses += np.array([o.loss for o in component.options])[picks[:, i]]
+        costs[i] = component.options[-1].cost
+        count = len(component.options)
+        costs[i, :count] = [option.cost for option in component.options]
+        losses[i, :count] = [option.loss for option in component.options]
+    return costs, losses
+
+
+def _in_units(costs: np.ndarray, cells: int) -> tuple[np.ndarray, bool]:
+    """Costs above the cheapest option of each component, in whole units; True if exactly so."""
+    above = costs - costs[:, :1]
+    unit, exact = max(above[:, -1].sum() / cells, np.finfo(float).tiny), False
+    if (above == above.round()).all() and above.max() < 2**53:
+        common = int(np.gcd.reduce(above.astype(np.int64), axis=None))
+        unit, exact = (common, True) if common >= unit else (unit, False)
+    return np.rint(above / unit).astype(np.int64), exact
+
+
+def _moves(options: Sequence[Option]) -> list[tuple[float, int]]:
+    """From corner to corner of the lower convex hull: slopes, and the options they lead to."""
+    moves = [(-np.inf, 0)]
+    for j, option in enumerate(options[1:], 1):
+        while (slope := _slope(options[moves[-1][1]], option)) <= moves[-1][0]:
+            moves.pop()
+        moves.append((slope, j))
+    return moves[1:]
+
+
+def _slope(left: Option, right: Option) -> float:
+    return (right.loss - left.loss) / (right.cost - left.cost)
+
+
+def _falling(losses: np.ndarray) -> np.ndarray:
+    """Whether each loss is less than all before it."""
+    return losses < np.minimum.accumulate(np.concatenate(([np.inf], losses[:-1])))
+
+
+def _united(left: Frontier, right: Frontier) -> Frontier:
+    """The points of both, without those that another beats."""
+    costs = np.concatenate((left.costs, right.costs))
+    losses = np.concatenate((left.losses, right.losses))
     order = np.lexsort((losses, costs))
-    costs, losses, picks = costs[order], losses[order], picks[order]
-    least = np.minimum.accumulate(np.concatenate(([np.inf], losses[:-1])))
-    kept = losses < least
-    return Frontier(costs[kept], losses[kept], picks[kept])
+    kept = order[_falling(losses[order])]
+
+    def picks(point: int) -> Picks:
+        origin, count = int(kept[point]), len(left.costs)
+        return left.picks(origin) if origin < count else right.picks(origin - count)
+
+    return Frontier(costs[kept], losses[kept], picks)

@@ -186,7 +186,7 @@ def _picks(
 ) -> tuple[int, ...]:
     """The choice of each component: within the budget, or at the knee where there is none."""
     if budget is None:
-        return tuple(int(pick) for pick in front.picks[front.knee()])
+        return front.picks(front.knee())
     return settings.allocate(task.components, budget - task.constant, seed)
 
 

@@ -234,6 +234,34 @@ KERNEL(integer_linear)(const int32_t* steps, const int32_t* weight, const float*
     });
 }
 
+// One option of each group: the least loss at every total weight, the cost of that choice, and the option (groups, size) that leads there, the
+// first of equals. Weights of a group rise from 0. At the start loss is 0 in cell 0 and infinite elsewhere, also in as many cells before it as
+// the largest weight; `size` is a multiple of 16. Larger weights first, so that in place a cell is reached from those before it.
+KERNEL(knapsack)(
+    const long* weight, const double* more_loss, const double* more_cost, long groups, long options, long size, double* loss, double* cost, uint8_t* choice) {
+    typedef Doubles::Part Part;
+    typedef double Loose __attribute__((vector_size(LOWBIT_BYTES), aligned(8), may_alias));
+    for (long g = 0, reach = 1; g < groups; g++, weight += options, more_loss += options, more_cost += options, choice += size) {
+        reach += weight[options - 1];
+        for (long begin = (reach - 1) / lanes * lanes; begin >= 0; begin -= lanes) {
+            Part least[2 * parts], spent[2 * parts] = {}, chosen[2 * parts] = {};
+            UNROLL for (int i = 0; i < 2 * parts; i++) least[i] = Part{} + INFINITY;
+            for (long j = 0; j < options; j++) {
+                const Loose *losses = (const Loose*)(loss + begin - weight[j]), *costs = (const Loose*)(cost + begin - weight[j]);
+                UNROLL for (int i = 0; i < 2 * parts; i++) {
+                    const Part candidate = losses[i] + more_loss[j];
+                    const auto better = candidate < least[i];
+                    least[i] = better ? candidate : least[i];
+                    spent[i] = better ? costs[i] + more_cost[j] : spent[i];
+                    chosen[i] = better ? Part{} + (double)j : chosen[i];
+                }
+            }
+            UNROLL for (int i = 0; i < 2 * parts; i++) ((Loose*)(loss + begin))[i] = least[i], ((Loose*)(cost + begin))[i] = spent[i];
+            for (int i = 0; i < lanes; i++) choice[begin + i] = ((const double*)chosen)[i];
+        }
+    }
+}
+
 // As many binary operations as the processor can do in registers, for benchmarks: `popcount_operations` in each round.
 constexpr int popcount_chains = parts == 1 ? 8 : 2;
 EXPORT const long JOINED(LOWBIT_ISA, popcount_operations) = popcount_chains * lanes * 32 * 2;
