@@ -7,6 +7,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd import Function
 
+_hardtanh_backward = torch.ops.aten.hardtanh_backward
+"""The gradient inside of two bounds, 0 outside; one pass, where comparisons are slow to store."""
+
 
 def quantize(
     x: Float[Tensor, "..."],
@@ -76,17 +79,18 @@ class _FakeQuantize(Function):
             ctx.save_for_backward(v, out, scale, zero_point)
             ctx.bounds = (qmin, qmax, grad_factor)
         else:  # one byte a value in place of eight
-            ctx.save_for_backward((v > qmin).logical_and_(v < qmax))
+            _hardtanh_backward.grad_input(torch.ones_like(scale), v, qmin, qmax, grad_input=v)
+            ctx.save_for_backward(v.to(torch.int8))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         if not ctx.needs_input_grad[1]:
             (inside,) = ctx.saved_tensors
-            return torch.where(inside, grad, 0), None, None, None, None, None
+            return inside.to(grad.dtype).mul_(grad), None, None, None, None, None
         v, out, scale, zero_point = ctx.saved_tensors
         qmin, qmax, grad_factor = ctx.bounds
-        grad_x = torch.ops.aten.hardtanh_backward(grad, v, qmin, qmax)
+        grad_x = _hardtanh_backward(grad, v, qmin, qmax)
         steps = v if zero_point is None else v - zero_point
         codes_term = (grad * out).sum_to_size(scale.shape) / scale
         value_term = (grad_x * steps).sum_to_size(scale.shape)
@@ -147,7 +151,7 @@ class _TableQuantize(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, out, scale = ctx.saved_tensors
-        grad_x = grad * ((x > 0) & (x < scale))
+        grad_x = _hardtanh_backward(grad, x / scale, 0, 1)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None
         grad_scale = ((grad * out).sum() - (grad_x * x).sum()) / scale * ctx.grad_factor
