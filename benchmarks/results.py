@@ -111,7 +111,7 @@ def _onnx(row: Run) -> str:
 
 
 def _section(question: Question, runs: list[Run]) -> str:
-    return f"## {question.question}\n\n{question.about}\n\n{table(question, runs)}"
+    return f"## {question.question}\n\n{fill(question.about, 170)}\n\n{table(question, runs)}"
 
 
 def table(question: Question, runs: list[Run]) -> str:

@@ -18,8 +18,8 @@ standard deviation tau_m, softmax over the channels; L_i0 a term at the first st
 Both forms of EBGS tie a block's output to the model's. The second learns the logits of few images
 by heart and loses accuracy on others, so the first is the default (docs/archive/log_2026-11.md).
 
-With `joint`, all blocks are tuned together at the end (`qat.reconstruct.joint`); that is ours, not
-the paper's. It takes minutes and gains at four bits and fewer.
+With `joint`, all blocks are tuned together at the end (`qat.reconstruct.joint`). That is ours, not
+the paper's; at three and four bits it gains most (docs/results.md).
 
 N is the normalization of each token: with plain squared error the few tokens of huge norm decide
 everything from the middle of the network on (docs/archive/log_2026-11.md). Start: RepQ-ViT, its

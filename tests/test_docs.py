@@ -75,9 +75,7 @@ PROGRAMS = [path for path in (DOCS / "api.md", *METHODS) if "```python" in path.
 def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for program in re.findall(
-        r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
-    ):
+    for program in PYTHON.findall(page.read_text()):
         exec(program, names)
 
 

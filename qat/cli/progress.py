@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qat import disk
-from qat.cli.tables import GrowingTable
 from qat.journal import Journal
 
 STAGE = "lowbit-vit-stage/1"
@@ -31,7 +30,7 @@ class RunJournal(Journal):
     def __init__(
         self, folder: Path, console: Console, *, resume: bool = False, waits: bool = False
     ) -> None:
-        self.table = GrowingTable(folder / "reconstruction.csv")
+        self.table = folder / "reconstruction.csv"
         self.stages = folder / "stages"
         self.notes: dict[str, Any] = {}
         self.resume, self.waits = resume, waits
@@ -40,6 +39,7 @@ class RunJournal(Journal):
         self.progress = Progress(*columns, console=console, transient=True)
         self.task = self.progress.add_task("calibrating", total=None)
         self.rows: list[dict[str, Any]] = []
+        self.finished_rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "RunJournal":
         if not self.waits:
@@ -78,7 +78,7 @@ class RunJournal(Journal):
         disk.write(self._path(part), disk.seal(f"{STAGE} {part}", content.getvalue()))
         if not self.parts_left:
             self.progress.stop()
-        self.table.add(self.rows)
+        self._tabulate(self.rows)
 
     def finished(self, part: str) -> Mapping[str, Any] | None:
         """The stage, if this run continues one that came so far; a damaged one is made anew."""
@@ -91,7 +91,7 @@ class RunJournal(Journal):
             self.progress.console.print(f"{part} is made anew; of its file, {error}")
             return None
         found = torch.load(content, weights_only=True)
-        self.table.add(found["rows"])
+        self._tabulate(found["rows"])
         return found["state"]
 
     def clear(self) -> None:
@@ -100,6 +100,15 @@ class RunJournal(Journal):
             path.unlink()
         if self.stages.exists():
             self.stages.rmdir()
+
+    def _tabulate(self, rows: list[dict[str, Any]]) -> None:
+        """Write the table anew: parts may have other losses than those before them."""
+        self.finished_rows += rows
+        if not self.finished_rows:
+            return
+        columns = dict.fromkeys(column for row in self.finished_rows for column in row)
+        filled = [{column: row.get(column, "") for column in columns} for row in self.finished_rows]
+        disk.write(self.table, disk.csv_of(filled, header=True))
 
     def _path(self, part: str) -> Path:
         return self.stages / f"{part.replace(' ', '-')}.ckpt"

@@ -39,8 +39,8 @@ class JointTuning:
         lr: Learning rate of weights, trained straight through their rounding.
         step_lr: Learning rate of activation steps, as a share of their size.
         output_weight: lambda.
-        compiled: Compile the step and compute it under bfloat16 autocast: half a minute more at
-            the start and a C++ compiler are the price of steps that take a third.
+        compiled: Compile the step and compute it under bfloat16 autocast: a ViT-Ti takes a minute
+            more at the start and then two fifths of the time. Needs a C++ compiler.
         seed: Seeds the choice of images.
     """
 

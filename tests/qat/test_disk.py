@@ -22,7 +22,7 @@ from qat.cli.charts.theme import save_png
 from qat.cli.curves import Curves
 from qat.cli.progress import RunJournal
 from qat.cli.run_folder import RunFolder
-from qat.cli.tables import GrowingTable
+from qat.cli.tables import GrowingTable, read_table
 from qat.lightning.checkpoint_io import WholeFiles
 from qat.tta.store import Store
 from tests.conftest import make_tiny_vit
@@ -253,3 +253,14 @@ def test_stage_file_that_is_altered_or_of_another_stage_is_made_anew(tmp_path: P
         assert journal.finished("blocks.0") is None
     first.write_bytes(second.read_bytes())
     assert journal.finished("blocks.0") is None and journal.finished("blocks.1") is not None
+
+
+def test_losses_of_parts_that_have_others_stand_below_their_own_names(tmp_path: Path) -> None:
+    journal = RunJournal(tmp_path, Console(quiet=True))
+    for part, losses in (("head", {"block": 1.0, "loss": 2.0}), ("joint", {"logits": 3.0})):
+        journal.begin(part, 1, 0)
+        journal.step(part, 0, losses)
+        journal.finish(part, {})
+    first, second = read_table(tmp_path / "reconstruction.csv")
+    assert first["block"] == 1.0 and first["logits"] is None
+    assert second["logits"] == 3.0 and second["block"] is None and second["loss"] is None

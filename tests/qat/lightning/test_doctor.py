@@ -214,7 +214,7 @@ def test_no_hook_stays_on_a_model_whose_validation_fails(
             assert not part._forward_hooks and not part._forward_pre_hooks, name
 
 
-def test_doctor_of_null_watches_nothing(teacher: Path, tmp_path: Path) -> None:
+def test_doctor_that_is_turned_off_watches_nothing(teacher: Path, tmp_path: Path) -> None:
     config, folder = "configs/qat/digits_w4a4_lsq.yaml", tmp_path / "run"
     words = ("--config", config, "--model.teacher", teacher, "--run_dir", folder, *runs.SHORT)
     broken = ("--model.optimizer.init_args.lr", "3.0")
