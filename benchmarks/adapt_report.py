@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 Row = dict[str, Any]
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--base", default="PTQ", help="what follows WIDTH- in the name of a model")
     given = parser.parse_args()
     rows = [json.loads(line) for file in given.lines for line in file.read_text().splitlines()]
-    text = f"# {given.title}\n\n{given.note}\n"
+    text = f"# {given.title}\n\n{fill(given.note, 170)}\n"
     for stream in dict.fromkeys(row["stream"] for row in rows):
         text += f"\n## {stream.replace('_', ' ').capitalize()}\n"
         cells = cells_of(row for row in rows if row["stream"] == stream)
