@@ -52,7 +52,7 @@ def calibrate(observer: ObserverFactory, images: Tensor) -> float:
     """Seconds of a calibration from scratch."""
     torch.manual_seed(0)
     model = timm_model("deit_tiny_patch16_224").eval()
-    convert_(model, Plan.load("w4a4"), PerOperand(attention=LogSqrt2))
+    convert_(model, Plan.uniform(4, 4), PerOperand(attention=LogSqrt2))
     started = time.perf_counter()
     pairs = calibrate_channels(model, images, observer)
     reparametrize_norms(model, images, pairs, mean_grid, observer)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ptq_init.repq_vit import RepQViT
 from ptq_init.ttaq import TTAQ, WeakPerturbation
-from qat import Plan, convert_
+from qat import convert_
 from qat.card import expected_by
 from qat.data.corrupted import Generated
 from qat.data.corruptions import HELD_OUT
@@ -35,6 +35,7 @@ from qat.data.sources import parquet
 from qat.data.streams import Stream
 from qat.layers import quantized_weights, through
 from qat.models import timm_model
+from qat.plan import load_plan
 from qat.quantizers import PerOperand, TanQ
 
 ASSETS = os.environ.get("LOWBIT_ASSETS", "")
@@ -52,7 +53,7 @@ def float_model() -> nn.Module:
 
 def converted(plan: str) -> nn.Module:
     model = float_model()
-    convert_(model, Plan.load(plan), PerOperand(attention=TanQ))
+    convert_(model, load_plan(plan), PerOperand(attention=TanQ))
     return model
 
 

@@ -16,9 +16,9 @@ from qat.cli.charts.theme import (
     in_grid,
     layer,
     layered,
+    shade,
 )
 
-BLUES = ("#1f5f9e", "#3f86c0", "#6aaad4", "#9ac8e3", "#cfe4f1")
 FLOAT_BITS = 32
 TOTALS = {"MACs": "macs", "weight bytes": "weight_bytes"}
 MODELS = ("float", "exported")
@@ -97,15 +97,18 @@ def groups_chart(rows: Sequence[Row], lines: dict[str, str], title: str) -> Draw
 def _width(row: Row) -> str:
     """The bits of the wider operand, whole ones."""
     bits = ceil(row["bits"])
-    return "float" if bits >= FLOAT_BITS else f"{bits} bit{'s' * (bits > 1)}"
+    return "float" if _is_float(row) else f"{bits} bit{'s' * (bits > 1)}"
+
+
+def _is_float(row: Row) -> bool:
+    return row["bits"] >= FLOAT_BITS
 
 
 def _colour(rows: Sequence[Row]) -> alt.Color:
-    """The fewer bits the darker; float in grey."""
-    names = list(dict.fromkeys(_width(row) for row in sorted(rows, key=lambda row: row["bits"])))
-    low = [name for name in names if name != "float"]
-    colours = [BLUES[round(i * (len(BLUES) - 1) / max(1, len(low) - 1))] for i in range(len(low))]
-    scale = alt.Scale(domain=names, range=[*colours, GREY][: len(names)])
+    """The more bits the darker; float in grey."""
+    ordered = sorted(rows, key=lambda row: row["bits"])
+    shades = {_width(row): GREY if _is_float(row) else shade(row["bits"]) for row in ordered}
+    scale = alt.Scale(domain=list(shades), range=list(shades.values()))
     return alt.Color(
         "width:N", title=None, scale=scale, legend=alt.Legend(columns=3, symbolStrokeWidth=0)
     )

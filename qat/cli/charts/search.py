@@ -8,6 +8,7 @@ from qat.cli.charts.theme import (
     BLUE,
     GREY,
     RED,
+    SHADES,
     Drawing,
     Number,
     Row,
@@ -55,9 +56,9 @@ def sensitivity_chart(rows: Sequence[Row]) -> Drawing:
 def bits_chart(rows: Sequence[Row]) -> Drawing:
     """A cell for each operand: the bits that it got."""
     shown = _named([row for row in rows if row["chosen"]])
-    scale = alt.Scale(domain=[1, 8], scheme="blues")
+    scale = alt.Scale(domain=list(range(1, 1 + len(SHADES))), range=SHADES)
     colour = alt.Color("bits:Q", scale=scale, title="bits", legend=None)
-    return written(grid(shown, colour, TIPS, "Bits chosen"), "bits:Q", "datum.bits > 5")
+    return written(grid(shown, colour, TIPS, "Bits chosen"), "bits:Q", "datum.bits > 4")
 
 
 def frontier_chart(

@@ -44,12 +44,12 @@ def save_stream(table: Path, never_adapted: str | None, picture: Path) -> None:
         picture: The PNG file that is written.
     """
     rows = read_table(table)
-    said = unchanged(rows, never_adapted)
+    said = effect(rows, never_adapted)
     save_png([stream_chart(rows, said), outcome_chart(rows)], picture)
 
 
-def unchanged(rows: Sequence[Row], never_adapted: str | None) -> str:
-    """What is to be said where both lines are one; nothing where they are not.
+def effect(rows: Sequence[Row], never_adapted: str | None) -> str:
+    """How many batches adaptation made better or worse; why none adapted, where that is so.
 
     Args:
         rows: Those of `stream.csv`.
@@ -57,11 +57,14 @@ def unchanged(rows: Sequence[Row], never_adapted: str | None) -> str:
     """
     if never_adapted:
         return f"No batch adapted: {never_adapted}."
-    if "error" in rows[0]:
-        same = all(row["error"] == row["error_source"] for row in rows)
-    else:
-        same = all(row["agreement"] == 1 for row in rows)
-    return "Both lines are one: adaptation made no batch better or worse." if same else ""
+    if "error" not in rows[0]:
+        changed = sum(row["agreement"] < 1 for row in rows)
+        return f"Adaptation changed answers in {changed} of {len(rows)} batches."
+    gains = [row["error_source"] - row["error"] for row in rows]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    if not better + worse:
+        return "Both lines are one: adaptation made no batch better or worse."
+    return f"Of {len(rows)} batches, adaptation made {better} better and {worse} worse."
 
 
 def stream_chart(rows: Sequence[Row], title: str = "") -> Drawing:

@@ -18,6 +18,11 @@ from qat import disk
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#8C9199"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY)
+SHADES = (
+    "#cfe4f1", "#b5d5ea", "#93c2e0", "#6aaad4", "#4a93c7",
+    "#3079b6", "#1f5f9e", "#12427a", "#0a2a52",
+)  # fmt: skip
+"""Of 1 to 8 bits, and of more."""
 INK = "currentColor"
 PICTURE_INK, PAPER, PICTURE_WIDTH = "#24292F", "white", 720
 SCALE = 1.5
@@ -53,6 +58,11 @@ def config(ink: str) -> dict[str, Any]:
         "line": {"strokeWidth": 2},
         "range": {"category": list(PALETTE)},
     }
+
+
+def shade(bits: Number) -> str:
+    """The colour of a width, the same in every chart."""
+    return SHADES[min(ceil(bits), len(SHADES)) - 1]
 
 
 def layer(rows: Sequence[Row]) -> alt.Chart:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qat.cli.charts.search import POINTS, bits_chart, frontier_chart, sensitivity_chart
-from qat.cli.charts.stream import outcome_chart, stream_chart, unchanged
+from qat.cli.charts.stream import effect, outcome_chart, stream_chart
 from qat.cli.charts.theme import in_grid, spec
 from qat.cli.main import main
 from qat.cli.report import wording
@@ -267,10 +267,10 @@ def test_long_frontier_is_thinned_and_its_plan_and_budget_are_marked() -> None:
 
 def test_stream_says_why_both_lines_are_one() -> None:
     same = [{**row, "error": row["error_source"]} for row in STREAM]
-    assert "No batch adapted: of 4 batches" in unchanged(same, "of 4 batches 4 were skipped")
-    assert "no batch better or worse" in unchanged(same, None)
-    assert not unchanged(STREAM, None)
-    title = unchanged(same, None)
+    assert "No batch adapted: of 4 batches" in effect(same, "of 4 batches 4 were skipped")
+    assert "no batch better or worse" in effect(same, None)
+    assert effect(STREAM, None) == "Of 4 batches, adaptation made 2 better and 2 worse."
+    title = effect(same, None)
     assert spec(stream_chart(same, title))["title"] == title
 
 

@@ -1,6 +1,6 @@
 """What adaptation did: under each corruption, and batch by batch."""
 
-from qat.cli.charts.stream import corruption_chart, outcome_chart, stream_chart, unchanged
+from qat.cli.charts.stream import corruption_chart, effect, outcome_chart, stream_chart
 from qat.cli.charts.theme import spec
 from qat.cli.report.parts import Chart, Note, Part, Section
 from qat.cli.report.run import Run
@@ -34,8 +34,7 @@ def adaptation(run: Run) -> Section | None:
     rows = run.table("stream.csv")
     if not rows:
         return None
-    said = unchanged(rows, run.get("never_adapted"))
-    parts: list[Part] = [Note(said)] if said else []
+    parts: list[Part] = [Note(effect(rows, run.get("never_adapted")))]
     parts.append(Chart(spec(stream_chart(rows)), "error along the stream", wide=True))
     parts.append(Chart(spec(outcome_chart(rows)), "what became of each batch", wide=True))
     ended = {word: run.numbers(key) or [0] for key, word in COUNTS.items()}

@@ -6,14 +6,14 @@ from qat.cli.charts.costs import beside_float_chart
 from qat.cli.charts.theme import Drawing, spec
 from qat.cli.report.parts import Chart, Part, Section, Table
 from qat.cli.report.run import Run
-from qat.cli.report.wording import Number, duration, plain, size
+from qat.cli.report.wording import Number, duration, percent, plain, size
 
 CHECKS = {
-    "n_images": "images compared with the simulated model",
-    "agreement": "of the same class",
-    "logit_gap": "largest gap of logits",
-    "n_codes": "codes compared",
-    "n_codes_wrong": "codes that differ away from a threshold",
+    "n_images": ("images compared with the simulated model", plain),
+    "agreement": ("of the same class", percent),
+    "logit_gap": ("largest gap of logits", plain),
+    "n_codes": ("codes compared", plain),
+    "n_codes_wrong": ("codes that differ away from a threshold", plain),
 }
 BESIDE = {
     ("size_float_bytes", "size_packed_bytes"): ("Size of the file", size),
@@ -32,8 +32,11 @@ def export(run: Run) -> Section | None:
     if not charts:
         return None
     suffix = "" if run.get("command") == "export" else "_packed"
-    checks = {text: run.get(key + suffix) for key, text in CHECKS.items()}
-    rows = [[text, plain(value)] for text, value in checks.items() if value is not None]
+    rows = [
+        [text, form(value)]
+        for key, (text, form) in CHECKS.items()
+        if (value := run.get(key + suffix)) is not None
+    ]
     parts: list[Part] = [*charts, *([Table(("Check of the file", ""), rows)] if rows else [])]
     words = (
         "The exported file beside the float model: grey is float in torch, blue is the file run "
