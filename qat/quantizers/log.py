@@ -21,7 +21,8 @@ from torch import Tensor
 
 from qat import ops
 from qat.quantizers.companding import Companding
-from qat.quantizers.percentile_mse import PART, upper_quantiles
+from qat.quantizers.observers import in_parts
+from qat.quantizers.percentile_mse import upper_quantiles
 from qat.spec import Operand, QuantSpec
 
 FRACTIONS = (0.999, 0.9999, 0.99999)
@@ -105,10 +106,10 @@ class Log(Companding):
             found = upper_quantiles(values, FRACTIONS)[:, 0]
             self.candidates.copy_(torch.where(found > 0, found, 1.0))
         levels = self.levels()
-        for part in values.split(PART, dim=1):
+        for part, scratch in in_parts(values):
             position = self.compress(part.clamp(min=0))  # once for all candidates
             for i, scale in enumerate(self.candidates):
-                codes = (position - self.compress(scale.clone())).round_()
+                codes = torch.sub(position, self.compress(scale.clone()), out=scratch).round_()
                 quantized = ops.look_up(codes.clamp_(0, self.num_codes - 1), levels * scale)
                 self.error[i] += quantized.sub_(part).square_().sum()
         self.count += 1

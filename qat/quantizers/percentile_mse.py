@@ -4,11 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qat.quantizers.observers import Observer, scale_of_range, squared_errors
+from qat.quantizers.observers import Observer, in_parts, scale_of_range, squared_errors
 from qat.spec import QuantSpec
 
-PART = 2**17
-"""Values that a search looks at together."""
+BLOCK = 64
+"""Neighbours of which a search for the outermost values looks at the outermost one first."""
 
 
 class PercentileMSE(Observer):
@@ -56,12 +56,10 @@ class PercentileMSE(Observer):
             scale_of_range(lower, upper, self.spec, contains_zero=False)
             for lower, upper in zip(self.lower, self.upper, strict=True)
         ]
-        # In parts that stay in the cache of a processor, many times faster than whole tensors.
-        size = max(1, PART // len(groups) // self.num_features) * self.num_features
-        for part in groups.split(size, dim=1):
+        for part, scratch in in_parts(groups, self.num_features):
             energy = self._energy(part)
             for i, grid in enumerate(grids):
-                errors = squared_errors(part, *grid, self.spec)
+                errors = squared_errors(part, *grid, self.spec, scratch)
                 if energy is None:
                     self.error[i] += errors.sum(1)
                 else:
@@ -115,12 +113,19 @@ def _quantiles(groups: Tensor, fractions: tuple[float, ...], largest: bool) -> T
 
 
 def _tail(groups: Tensor, count: int, largest: bool) -> Tensor:
-    """The `count` outermost values of each row, from the end inwards."""
-    if len(groups) == 1 and groups.shape[1] > 4 * PART:
-        # A bound from every 64th value spares sorting most of a long row; it is checked.
-        row, sample = groups[0], groups[0, ::64]
-        bound = sample.topk(min(len(sample), count // 32 + 16), largest=largest).values[-1]
-        candidates = row[row >= bound if largest else row <= bound]
-        if len(candidates) >= count:
-            return candidates.topk(count, largest=largest).values[None]
-    return groups.topk(count, dim=1, largest=largest).values
+    """The `count` outermost values of each row, from the end inwards.
+
+    They lie in the `count` blocks of outermost ends, for these hold `count` values at least that
+    far out; only those blocks are sorted, and in a single row what lies as far out as their ends.
+    """
+    whole = groups.shape[1] // BLOCK * BLOCK
+    if whole < 4 * BLOCK * count:
+        return groups.topk(count, dim=1, largest=largest).values
+    blocks, rest = groups[:, :whole].unflatten(1, (-1, BLOCK)), groups[:, whole:]
+    ends = blocks.amax(2) if largest else blocks.amin(2)
+    bounds, at = ends.topk(count, dim=1, largest=largest, sorted=False)
+    near = blocks.take_along_dim(at[:, :, None], 1).flatten(1)
+    near = torch.cat([near, rest], 1)
+    if len(near) == 1:
+        near = near[near >= bounds.amin() if largest else near <= bounds.amax()][None]
+    return near.topk(count, dim=1, largest=largest).values
