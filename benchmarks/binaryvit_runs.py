@@ -14,10 +14,13 @@ rows, so the command continues where it stopped, and may run once on each core a
     lr     learning rates of the baseline                        judged on held-out images
     grs    strengths and schedules of GRS G1                     judged on held-out images
     core   baseline, +grs, +asm (A2 for A1), +both, three seeds  judged on `val` once
-    rest   other forms of GRS and ASM, `plain` blocks, one seed  judged on `val` once
+    rest   other forms of ASM, one seed                          judged on `val` once
+    again  the best of these forms, seeds 1 and 2, and with GRS  judged on `val` once
+    rest   other forms of GRS, `plain` blocks, one seed          judged on `val` once
 
-All settings of the last two are the best on a held-out tenth of the *training* images in the first
-two: nothing is chosen on `val`. Other forms take G1's best setting of their own coupling; G5's
+All settings after `grs` are the best on a held-out tenth of the *training* images in the first two
+phases. One thing alone is chosen on `val`: which form of ASM `again` repeats, by seed 0, so that
+seeds 1 and 2 judge it. Other forms take G1's best setting of their own coupling; G5's
 share of damping has another meaning and is a fixed one half. As in `Training`, GRS changes
 gradients before they are clipped, and weights after the step. Codes are watched at every step, in
 every eighth row of each weight. A run that exceeds its processor time or diverges leaves no line
@@ -40,6 +43,7 @@ GRID = [  # schedule, strength, decoupled
     *(("last_tenth", strength, False) for strength in (0.03, 0.3)),
     *(("cosine_ramp", strength, True) for strength in (0.003, 0.03)),
 ]
+SHIFTS = ("ScaledShift", "StandardizedShift")
 FORMS = ("DistancePull", "SignPull", "BoundaryPull", "KurtosisPull")
 
 
@@ -76,11 +80,15 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     found.append(core)
     if not jobs.complete(core, finished):
         return found
-    rest = [
-        replace(base, stage="rest", arm=shift, shift=shift)
-        for shift in ("ScaledShift", "StandardizedShift")
-    ]
-    rest.append(replace(base, stage="rest", arm="plain", blocks="plain"))
+    shifted = [replace(base, stage="rest", arm=shift, shift=shift) for shift in SHIFTS]
+    found.append(shifted)
+    if not jobs.complete(shifted, finished):
+        return found
+    best = _best([row for row in rows if row["arm"] in SHIFTS], "rest", base)
+    both = replace(pulled, stage="again", arm=f"{best.shift}-both", shift=best.shift)
+    again = [replace(best, stage="again", seed=seed) for seed in (1, 2)]
+    found.append([*again, *(replace(both, seed=seed) for seed in range(3))])
+    rest = [replace(base, stage="rest", arm="plain", blocks="plain")]
     for decoupled in (False, True):
         kind = "decoupled" if decoupled else "coupled"
         ours = [row for row in rows if row["settings"]["decoupled"] is decoupled]
@@ -115,7 +123,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def _best(rows: list[Row], stage: str, default: Job) -> Job:
-    """The job of a stage with the highest top-1 on held-out images; lower loss breaks ties."""
+    """The job of a stage with the highest top-1; lower loss breaks ties."""
     found = [row for row in rows if row["stage"] == stage]
     if not found:
         return default
