@@ -11,14 +11,18 @@ default, `float medium` is under `set_float32_matmul_precision("medium")`, which
 processors without AMX. The low-bit variants are timed under both.
 
 With `--compiled` each variant is timed compiled under bfloat16 autocast as well, which is what
-`fit` does with `trainer.compile: true` and `trainer.precision: bf16-mixed`. `--depth` shortens the
-model.
+`fit` does with `trainer.compile: true` and `trainer.precision: bf16-mixed`. `--peer` adds torchao's
+quantization-aware training, which quantizes linear layers alone, and LSQ on the same layers;
+`pip install torchao` first. `--depth` shortens the model. *Saved* is what a step keeps from the
+forward pass for the backward pass, the weights apart.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,10 +33,16 @@ import qat
 from binaryvit import BinaryQuantizers
 from binaryvit.asm import DynamicShift
 from binaryvit.convert import react_
-from qat.plan import Plan
+from qat.plan import Plan, Rule
 from qat.quantizers import LSQ
+from qat.spec import Granularity, QuantSpec
 
 Step = Callable[[], None]
+COMPILED = ", compiled, bf16"
+FOUR = QuantSpec(4, granularity=Granularity.PER_CHANNEL)
+LINEARS = Plan(
+    (Rule("patch_embed.proj", reason="no linear layer"), Rule("*", weight=FOUR, input=QuantSpec(4)))
+)
 
 
 def main() -> None:
@@ -43,17 +53,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--peer", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 64  # the variants share the code of timm's forward
     torch.manual_seed(0)
     images = torch.randn(arguments.batch, 3, 224, 224)
-    models = variants(arguments.model, arguments.depth, images)
-    steps = {name: step(model, images) for name, model in models}
-    if arguments.compiled:
-        steps |= {
-            f"{name}, compiled, bf16": step(model, images, compiled=True)
-            for name, model in variants(arguments.model, arguments.depth, images)
-        }
+    steps, saved = {}, {}
+    for compiled in (False, True)[: 1 + arguments.compiled]:
+        for name, model in variants(arguments, images):
+            name += COMPILED if compiled else ""
+            steps[name] = step(model, images, compiled)
+            saved[name] = saved_bytes(model, steps[name])
     times: dict[tuple[str, str], list[float]] = {}
     for round_ in range(arguments.rounds + 1):
         for precision in ("highest", "medium"):
@@ -64,24 +75,43 @@ def main() -> None:
                 seconds = time.process_time() - start
                 if round_:  # the first round warms up
                     times.setdefault((name, precision), []).append(seconds)
-    report(times, arguments)
+    report(times, saved, arguments)
 
 
-def variants(name: str, depth: int, images: torch.Tensor) -> list[tuple[str, nn.Module]]:
+def variants(
+    arguments: argparse.Namespace, images: torch.Tensor
+) -> Iterator[tuple[str, nn.Module]]:
     """The float model and its converted copies, calibrated."""
+    make = partial(qat.timm_model, arguments.model, model_args={"depth": arguments.depth})
     plans = {bits: Plan.load(f"configs/plans/vit_{bits}.yaml") for bits in ("w4a4", "binary")}
     binary = BinaryQuantizers(shift=DynamicShift)
-    models = [("float", qat.timm_model(name, model_args={"depth": depth}))]
-    for label, convert, plan, factory in (
+    conversions = [
         ("W4A4 LSQ", qat.convert_, plans["w4a4"], LSQ),
         ("binary plain", qat.convert_, plans["binary"], binary),
         ("binary react", react_, plans["binary"], binary),
-    ):
-        model = qat.timm_model(name, model_args={"depth": depth})
+    ]
+    yield "float", make()
+    if arguments.peer:
+        yield "W4A4 torchao, linears", torchao_(make())
+        conversions.append(("W4A4 LSQ, linears", qat.convert_, LINEARS, LSQ))
+    for label, convert, plan, factory in conversions:
+        model = make()
         convert(model, plan, factory)
         qat.calibrate(model, [images[:2]])
-        models.append((label, model))
-    return models
+        yield label, model
+
+
+def torchao_(model: nn.Module) -> nn.Module:
+    """Four bits in all linear layers, by torchao: weights by channel, inputs by token."""
+    from torchao.quantization import quantize_  # pyright: ignore
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig  # pyright: ignore
+
+    four: Any = torch.int4  # pyright: ignore
+    inputs = IntxFakeQuantizeConfig(four, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(four, "per_channel")
+    config = QATConfig(activation_config=inputs, weight_config=weights, step="prepare")
+    quantize_(model, config)
+    return model
 
 
 def step(model: nn.Module, images: torch.Tensor, compiled: bool = False) -> Step:
@@ -100,16 +130,36 @@ def step(model: nn.Module, images: torch.Tensor, compiled: bool = False) -> Step
     return run
 
 
-def report(times: dict[tuple[str, str], list[float]], arguments: argparse.Namespace) -> None:
-    """Print milliseconds and ratios to both baselines."""
-    table = Table("step", "matmul precision", "ms, median", "x float", "x float medium")
+def saved_bytes(model: nn.Module, run: Step) -> int:
+    """Bytes that a step saves for its backward pass, the model's own tensors apart."""
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+def report(
+    times: dict[tuple[str, str], list[float]], saved: dict[str, int], arguments: argparse.Namespace
+) -> None:
+    """Print milliseconds, ratios to the baselines, and what a step saves."""
+    baselines = {"x float": ("float", "highest"), "x float medium": ("float", "medium")}
+    if arguments.compiled:
+        baselines["x float compiled"] = (f"float{COMPILED}", "medium")
+    table = Table("step", "matmul precision", "ms, median", *baselines, "saved, MB")
     for (name, precision), seconds in times.items():
         cells = [name, precision, f"{1e3 * statistics.median(seconds):,.0f}"]
-        for baseline in (("float", "highest"), ("float", "medium")):
+        for baseline in baselines.values():
             ratios = [a / b for a, b in zip(seconds, times[baseline], strict=True)]
             middle = statistics.median(ratios)
             cells.append(f"{middle:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
-        table.add_row(*cells)
+        table.add_row(*cells, f"{saved[name] / 1e6:.0f}")
     words = vars(arguments)
     Console().print(f"torch {torch.__version__}, {words}", table)
 

@@ -46,21 +46,25 @@ def run_grid(
         After each run the rows so far: names of the choice, and what the run measured.
     """
     rows: list[dict[str, Any]] = []
-    for names, recipe in choices(session.config.grid):
+    one = session.changed({"grid": None})
+    # All choices are read before the first one runs, since a mistake in the last costs hours.
+    every = [(names, one.overlaid(recipe)) for names, recipe in choices(session.config.grid)]
+    for names, chosen in every:
         for seed in range(session.seed, session.seed + session.config.draws):
             folder = RunFolder(session.folder.path / "-".join([*names.values(), str(seed)]))
             if not folder.metrics.exists():
                 console.rule(" ".join([*names.values(), f"seed {seed}"]))
-                chosen = session.changed({"grid": None, "seed_everything": seed})
-                run_one(chosen.overlaid(recipe).inside(folder))
+                run_one(chosen.changed({"seed_everything": seed}).inside(folder))
             measured = {k: x for k, x in folder.read_metrics().items() if not is_table(x)}
             rows.append({**names, **measured, **names})
             yield rows
 
 
 def continuing(session: Session) -> Session:
-    """The session, which continues the run of its folder where there is one."""
-    return session.changed({"ckpt_path": "last"}) if session.folder.recipe.exists() else session
+    """The session, which continues the run of its folder where there is one, and only there."""
+    if session.folder.recipe.exists():
+        return session.changed({"ckpt_path": "last"})
+    return session.changed({"ckpt_path": None}) if session.config.ckpt_path == "last" else session
 
 
 def grid_table(

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,22 @@ def test_grid_runs_every_choice_and_skips_those_that_are_done(
     assert found["table"][0]["bops"] < found["table"][2]["bops"]
     assert "Comparison; top1_float" in capsys.readouterr().out
     (tmp_path / "run" / "metrics.json").unlink()
-    again = _quantize(repq, tmp_path / "run", *words)
-    assert again["table"] == found["table"]
+    shutil.rmtree(tmp_path / "run" / "high-1")
+    again = _quantize(repq, tmp_path / "run", *words, "--ckpt_path", "last")
+    assert [row["top1"] for row in again["table"]] == [row["top1"] for row in found["table"]]
+    assert again["table"][:3] == found["table"][:3]
+
+
+def test_grid_reads_every_choice_before_it_runs_one(
+    repq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "low.yaml").write_text("model: {plan: w3a3}")
+    grid = {"bits": [str(tmp_path / "low.yaml"), str(tmp_path / "nowhere.yaml")]}
+    words = ("--config", repq, "--run_dir", tmp_path / "run", *QUIET)
+    grid_words = ("--grid", yaml.safe_dump(grid, default_flow_style=True))
+    assert runs.run("quantize", *words, *grid_words) != 0
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*/metrics.json"))
 
 
 def test_init_names_the_initialiser_of_a_fit(teacher: Path, tmp_path: Path) -> None:
