@@ -18,10 +18,12 @@ forward pass for the backward pass, the weights apart.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,11 @@ from qat.spec import Granularity, QuantSpec
 
 Step = Callable[[], None]
 COMPILED = ", compiled, bf16"
+BASELINES = {
+    "x_float": ("float", "highest"),
+    "x_float_medium": ("float", "medium"),
+    "x_float_compiled": (f"float{COMPILED}", "medium"),
+}
 FOUR = QuantSpec(4, granularity=Granularity.PER_CHANNEL)
 LINEARS = Plan(
     (Rule("patch_embed.proj", reason="no linear layer"), Rule("*", weight=FOUR, input=QuantSpec(4)))
@@ -54,6 +61,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--rows", type=Path, help="file that gets a line of JSON for each step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 64  # the variants share the code of timm's forward
@@ -75,7 +83,10 @@ def main() -> None:
                 seconds = time.process_time() - start
                 if round_:  # the first round warms up
                     times.setdefault((name, precision), []).append(seconds)
-    report(times, saved, arguments)
+    rows = measured(times, saved)
+    if arguments.rows is not None:
+        arguments.rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    report(rows, arguments)
 
 
 def variants(
@@ -145,23 +156,38 @@ def saved_bytes(model: nn.Module, run: Step) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
-def report(
-    times: dict[tuple[str, str], list[float]], saved: dict[str, int], arguments: argparse.Namespace
-) -> None:
+def measured(
+    times: dict[tuple[str, str], list[float]], saved: dict[str, int]
+) -> list[dict[str, Any]]:
+    """A row for each step and precision: seconds, ratios to the baselines, what it saves."""
+    known = {key: name for key, name in BASELINES.items() if name in times}
+    return [
+        {
+            "step": name,
+            "precision": precision,
+            "seconds": statistics.median(seconds),
+            "saved_bytes": saved[name],
+            **{key: _ratios(seconds, times[baseline]) for key, baseline in known.items()},
+        }
+        for (name, precision), seconds in times.items()
+    ]
+
+
+def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Median, smallest and largest over the rounds."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
+
+
+def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Print milliseconds, ratios to the baselines, and what a step saves."""
-    baselines = {"x float": ("float", "highest"), "x float medium": ("float", "medium")}
-    if arguments.compiled:
-        baselines["x float compiled"] = (f"float{COMPILED}", "medium")
-    table = Table("step", "matmul precision", "ms, median", *baselines, "saved, MB")
-    for (name, precision), seconds in times.items():
-        cells = [name, precision, f"{1e3 * statistics.median(seconds):,.0f}"]
-        for baseline in baselines.values():
-            ratios = [a / b for a, b in zip(seconds, times[baseline], strict=True)]
-            middle = statistics.median(ratios)
-            cells.append(f"{middle:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
-        table.add_row(*cells, f"{saved[name] / 1e6:.0f}")
-    words = vars(arguments)
-    Console().print(f"torch {torch.__version__}, {words}", table)
+    keys = [key for key in BASELINES if key in rows[0]]
+    table = Table("step", "matmul precision", "ms, median", *keys, "saved, MB")
+    for row in rows:
+        ratios = ["{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) for key in keys]
+        cells = [row["step"], row["precision"], f"{1e3 * row['seconds']:,.0f}", *ratios]
+        table.add_row(*cells, f"{row['saved_bytes'] / 1e6:.0f}")
+    Console().print(f"torch {torch.__version__}, {vars(arguments)}", table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qat
 from binaryvit import BinaryQuantizers
-from binaryvit.asm import DynamicShift
+from binaryvit.asm import StandardizedShift
 from binaryvit.convert import react_
 from binaryvit.grs import GRS, DistancePull
 from qat.lightning.callbacks import OscillationTracker
@@ -45,7 +45,7 @@ rest = {"pattern": "*", "reason": "first layer and classifier stay in float"}
 module = Distillation(
     model,
     plan=[{"pattern": "blocks.*", **bit}, rest],
-    quantizer=BinaryQuantizers(shift=DynamicShift),
+    quantizer=BinaryQuantizers(shift=StandardizedShift),
     convert=react_,
     regularizer=GRS(DistancePull(), strength=0.1),
     optimizer=partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0),
