@@ -37,7 +37,7 @@ from jobs import Row
 from rich.table import Table
 from starts_train import Job, train
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3)
 BINARY_RATE = 1e-3
 SEEDS = (0, 1)
 STARTS = ("minmax", "mse", "repq", "mgrq", "lsq")
@@ -54,7 +54,8 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     found.append([Job("starts", f"{b}-{s}", b, s, lr[b]) for s in STARTS for b in widths])
     found.append([Job("plans", "pmq-repq", "pmq", "repq", lr["w4a4"])])
     found.append([Job("binary", s, "binary", s, BINARY_RATE) for s in ("plain", "repq")])
-    found = [found[0], *([replace(j, seed=s) for s in SEEDS for j in phase] for phase in found[1:])]
+    seeded = [[replace(job, seed=seed) for job in phase] for seed in SEEDS for phase in found[1:]]
+    found = [found[0], *seeded]
     searched = [
         Job("strength", f"{cure}-{strength:g}", "w2a2", "mse", lr["w2a2"], 0, cure, strength)
         for cure, strengths in STRENGTHS.items()
