@@ -4,10 +4,11 @@ python benchmarks/results.py
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import compress
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from textwrap import fill
 from typing import Any
 
@@ -17,10 +18,12 @@ from qat.cli import ledger
 from qat.cli.ledger import Question, Row
 
 PAGE, README = ledger.ROOT / "docs" / "results.md", ledger.ROOT / "README.md"
-SPEEDS, PARITIES, ONNX_FILES, STEPS = (
-    ledger.ROOT / "docs" / "results" / f"{name}.jsonl"
-    for name in ("inference", "parity", "onnx", "train_step")
-)
+SPEEDS, PARITIES, ONNX_FILES, STEPS, METHODS = (
+    ledger.ROOT / "docs" / "results" / name
+    for name in (
+        "inference.jsonl", "parity.jsonl", "onnx.jsonl", "train_step.jsonl", "val650_methods.json"
+    )
+)  # fmt: skip
 COMPILED = ", compiled, bf16"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 Run = dict[str, Any]
@@ -74,6 +77,17 @@ and `families`.
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
 """
 
+CALIBRATED = """## What can be had without training?
+
+The same photos as above, three draws of those that set the quantizers: the mean with the deviation
+of one draw. Seconds are those of calibration, on one thread. *dopq_calib* is DopQ-ViT's calibration
+(reconstructed), *repq_token* RepQ-ViT with ranges searched by the error of each token; 32 photos
+where no number stands. The [rows](results/val650_methods.json) are the `metrics.json` of
+`train.py quantize --config ptq/compare_val650`.
+
+| bits | method | top-1 | agreement | logit error | seconds |
+|---|---|---:|---:|---:|---:|
+"""
 STEP = """## What does a training step cost?
 
 Forward, cross-entropy and backward of a ViT-Ti of two blocks, batch 8, one thread of an Intel Xeon
@@ -93,6 +107,7 @@ def page(questions: Iterable[Question], runs: list[Run]) -> str:
     """The page of all questions."""
     parts = [_section(question, runs) for question in questions]
     tables = (
+        CALIBRATED + _methods(),
         SPEED + _lines(_speed, SPEEDS),
         PARITY + _lines(_parity, PARITIES),
         ONNX + _lines(_onnx, ONNX_FILES),
@@ -128,6 +143,19 @@ def _onnx(row: Run) -> str:
     integers = f"{row['n_products_int_onnxruntime']} of {row['n_products']}"
     counts = f"{row['n_images']} | {row['agreement']:.2f} | {gaps} | {codes} | {integers}"
     return f"{row['name']} | {counts}"
+
+
+def _methods(path: Path = METHODS) -> str:
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for row in json.loads(path.read_text())["table"]:
+        groups[row["bits"], row["method"]].append(row)
+    lines = []
+    for names, rows in groups.items():
+        columns = [[row[key] for row in rows] for key in ("top1", "agreement", "logit_error")]
+        cells = [f"{fmean(column):.4f} ± {stdev(column):.4f}" for column in columns]
+        cells.append(f"{fmean(row['seconds_calibration'] for row in rows):.0f}")
+        lines.append(f"| {' | '.join([*names, *cells])} |\n")
+    return "".join(lines)
 
 
 def _steps(path: Path = STEPS) -> str:
