@@ -1,0 +1,57 @@
+"""The rows of `starts.py` as a section of docs/results.md, which `results.py` writes."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROWS = Path(__file__).parents[1] / "docs" / "results" / "starts.jsonl"
+BITS = {"w4a4": "W4A4", "pmq": "PMQ at the operations of W4A4", "w2a2": "W2A2", "binary": "one bit"}
+STARTS = {
+    "minmax": "smallest to largest value",
+    "mse": "least error",
+    "lsq": "LSQ's own, signed grids",
+    "repq": "RepQ-ViT",
+    "mgrq": "MGRQ",
+    "plain": "the teacher's weights",
+}
+SECTION = """## Where should training on few bits start?
+
+ViT-Ti at 64 pixels on Imagenette: top-1 on {images:,} photos before training, and after one and
+five epochs of the same run on 5,000 photos. The teacher, whose soft labels train it, has
+{teacher:.4f}. W2A2 keeps patch embedding and classifier on 8 bits. Where there are more seeds than
+one, the range of the last column stands in brackets. RepQ-ViT's row of one bit starts from the
+weights that it makes at W4A4. Learning rates are chosen on a held-out tenth of the training photos.
+The [rows](results/starts.jsonl) are written by
+`python benchmarks/starts.py --rows docs/results/starts.jsonl`.
+
+| bits | start | seeds | epoch 0 | epoch 1 | epoch 5 |
+|---|---|---:|---:|---:|---:|
+{table}
+{verdict}
+"""
+VERDICT = ""
+
+
+def section(path: Path = ROWS) -> str:
+    """The section of the page."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["evaluated_on"] == "val":
+            groups[row["settings"]["bits"], row["settings"]["start"]].append(row["metrics"])
+    order = [(bits, start) for bits in BITS for start in STARTS if (bits, start) in groups]
+    table = "".join(f"| {_line(*names, groups[names])} |\n" for names in order)
+    first = groups[order[0]][0]
+    return SECTION.format(
+        images=first["images"], teacher=rows[0]["teacher_top1"], table=table, verdict=VERDICT
+    )
+
+
+def _line(bits: str, start: str, found: list[dict[str, Any]]) -> str:
+    epochs = [f"{fmean(top1):.4f}" for top1 in zip(*(m["top1"] for m in found), strict=True)]
+    last = [metrics["top1"][-1] for metrics in found]
+    if len(last) > 1:
+        epochs[-1] += f" ({min(last):.4f} to {max(last):.4f})"
+    return " | ".join([BITS[bits], STARTS[start], str(len(found)), *epochs])
