@@ -13,6 +13,7 @@ from textwrap import fill
 from typing import Any
 
 import binaryvit_report
+import starts_report
 
 from qat.cli import ledger
 from qat.cli.ledger import Question, Row
@@ -113,6 +114,7 @@ def page(questions: Iterable[Question], runs: list[Run]) -> str:
         ONNX + _lines(_onnx, ONNX_FILES),
         STEP + _steps(),
         binaryvit_report.section(),
+        starts_report.section(),
     )
     return "\n".join([HEAD, *parts, *tables])
 

@@ -25,17 +25,19 @@ SMALL = (
     f"pvt_v2_b0 {PIXELS},model_args=dict(embed_dims=(8,16,40,64),depths=(1,1,1,1))",
     f"xcit_nano_12_p16_224 {TINY}",
     "levit_128s img_size=64,model_args=dict(embed_dim=(32,48),num_heads=(2,3),depth=(1,1))",
-    "mobilevit_xxs img_size=64",
     f"cait_xxs24_224 {TINY}",
-    "test_maxvit img_size=64",
-    f"efficientvit_b0 {PIXELS}",
     f"test_nfnet {PIXELS}",
     f"test_convnext {PIXELS}",
 )
+LARGER = ("mobilevit_xxs img_size=64", "test_maxvit img_size=64", f"efficientvit_b0 {PIXELS}")
 FILE = Path(os.environ.get("LOWBIT_ASSETS", "")) / "zoo.txt"
 
 
-@pytest.mark.parametrize("line", SMALL, ids=lambda line: line.partition(" ")[0])
+@pytest.mark.parametrize(
+    "line",
+    [*SMALL, *(pytest.param(line, marks=pytest.mark.slow) for line in LARGER)],
+    ids=lambda line: line.partition(" ")[0],
+)
 def test_small_model_of_any_family_keeps_every_promise(line: str) -> None:
     found = examine(line, CHECKS)["checks"]
     assert found == dict.fromkeys(("builds", *CHECKS), True)

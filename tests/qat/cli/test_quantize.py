@@ -99,7 +99,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [lambda _: None, _flip], ids=["whole", "flipped bit"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda _: None, id="whole"),
+        pytest.param(_flip, id="flipped bit", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_run_continues_to_the_same_model(
     damage: Callable[[Path], None], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
