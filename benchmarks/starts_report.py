@@ -30,10 +30,11 @@ The [rows](results/starts.jsonl) are written by
 {table}
 {verdict}"""
 VERDICT = """\
-- At four bits a start decides what the first minutes give, hardly where training ends: only the
-  range from the smallest to the largest value stays behind. MGRQ alone is nearly as good as five
-  epochs, and training first loses some of that.
-- At two bits no start answers anything yet, and training from MGRQ ends highest.
+- At four bits RepQ-ViT, MGRQ and the least error end alike; the range from the smallest to the
+  largest value and LSQ's own start stay behind. MGRQ alone is nearly as good as five epochs, and
+  training first loses some of that.
+- At two bits no start answers anything yet. LSQ's own start, from the mean size of the values and
+  on grids without a zero point, ends far above all that fit the float model; of those MGRQ is best.
 - One seed: a point between two starts is no difference. The command continues with what is missing:
   plans of PMQ, one bit, cures for oscillation, and a second seed.
 """
