@@ -81,7 +81,8 @@ and `families`.
 CALIBRATED = """## What can be had without training?
 
 The ViT-Ti and the 650 photos of [What do minutes buy?](#what-do-minutes-buy), three draws of the
-photos that set the quantizers: the mean with the deviation of one draw. Seconds are those of calibration, on one thread. *dopq_calib* is DopQ-ViT's calibration
+photos that set the quantizers: the mean with the deviation of one draw. Seconds are those of
+calibration, on one thread. *dopq_calib* is DopQ-ViT's calibration
 (reconstructed), *repq_token* RepQ-ViT with ranges searched by the error of each token; 32 photos
 where no number stands. The [rows](results/val650_methods.json) are the `metrics.json` of
 `train.py quantize --config ptq/compare_val650`.
