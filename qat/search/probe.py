@@ -54,10 +54,11 @@ class Probe(nn.Module):
         return out * ((out * x).sum() / out.square().sum().clamp(min=1e-12))
 
     @torch.no_grad()
-    def errors(self, x: Float[Tensor, "..."]) -> Float[Tensor, "widths ..."]:
-        """What quantization adds to an operand, at every width."""
+    def errors(self, x: Float[Tensor, "*shape"]) -> Iterator[Float[Tensor, "*shape"]]:
+        """What quantization adds to an operand, width by width."""
         x = x.detach()
-        return torch.stack([self.at(bits, x) - x for bits in self.quantizers])
+        for bits in self.quantizers:
+            yield self.at(bits, x) - x
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

@@ -139,7 +139,7 @@ def squared_errors(
         assert isinstance(probe, Probe)
         if slot.operand is Operand.WEIGHT and slot in errors:
             return
-        found = probe.errors(inputs[0]).flatten(1).square().sum(1).double()
+        found = torch.stack([error.square().sum() for error in probe.errors(inputs[0])]).double()
         errors[slot] = errors.get(slot, 0.0) + found
         sizes[slot] = sizes.get(slot, 0) + inputs[0].numel()
 

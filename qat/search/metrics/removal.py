@@ -49,8 +49,8 @@ class Removal(Metric):
 
         def weigh(slot: Slot, probe: nn.Module, inputs: tuple[Tensor]) -> None:
             assert isinstance(probe, Probe)
-            errors = probe.errors(inputs[0]).flatten(1).square().sum(1)
-            shares[slot] = errors / inputs[0].square().sum()
+            errors = [error.square().sum() for error in probe.errors(inputs[0])]
+            shares[slot] = torch.stack(errors) / inputs[0].square().sum()
 
         handles = [
             probe.register_forward_pre_hook(partial(weigh, slot)) for slot, probe in probes.items()

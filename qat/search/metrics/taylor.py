@@ -21,7 +21,7 @@ the Taylor removal error is that of Molchanov et al. (CVPR 2019), from memory.
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,7 +41,8 @@ Gradients = Float[Tensor, "images tokens features"]
 Values = Float[Tensor, "rows tokens features"]
 """The operand: a row for each image, or one for all images where it is a weight, whose output
 channels are in place of tokens."""
-Errors = Float[Tensor, "widths rows tokens features"]
+Errors = Iterable[Float[Tensor, "rows tokens features"]]
+"""What quantization adds to the operand, width by width, so that each stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class GradientMetric(Metric):
 
     target: str = "sampled"
     seed: int = 0
-    images_at_once: int = 8
+    images_at_once: int = 4
 
     def __post_init__(self) -> None:
         check_target(self.target)
@@ -67,12 +68,12 @@ class GradientMetric(Metric):
         return self.target == "labels"
 
     @abstractmethod
-    def score(self, gradient: Gradients, value: Values, error: Errors) -> Float[Tensor, " widths"]:
+    def score(self, gradient: Gradients, value: Values, errors: Errors) -> Float[Tensor, " widths"]:
         """Sum of the images' sensitivities, at each width."""
 
-    def score_weight(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
+    def score_weight(self, gradient: Gradients, value: Values, errors: Errors) -> Tensor:
         """The same for a weight."""
-        return self.score(gradient, value, error)
+        return self.score(gradient, value, errors)
 
     def measure(
         self,
@@ -89,7 +90,7 @@ class GradientMetric(Metric):
             if slot.operand is Operand.WEIGHT:
                 add = partial(self._add, totals, slot, self.score_weight)
                 layer: nn.Module = model.get_submodule(slot.module)
-                errors = probe.errors(layer.weight).flatten(2)  # type: ignore[arg-type]
+                errors = [e.flatten(1)[None] for e in probe.errors(layer.weight)]  # type: ignore
                 handles.append(layer.register_forward_hook(partial(_tap_layer, errors, add)))
             else:
                 add = partial(self._add, totals, slot, self.score)
@@ -118,56 +119,54 @@ class GradientMetric(Metric):
         score: Callable[[Gradients, Values, Errors], Tensor],
         gradient: Gradients,
         value: Values,
-        error: Errors,
+        errors: Errors,
     ) -> None:
-        totals[slot] = totals[slot] + score(gradient, value, error).double().cpu()
+        totals[slot] = totals[slot] + score(gradient, value, errors).double().cpu()
 
 
 class TaylorRemoval(GradientMetric):
     """M1: the Taylor estimate of a removal's error, times the share that quantization removes."""
 
-    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, errors: Errors) -> Tensor:
         """Sum over images of `sum (g v)^2 * |e|^2 / |v|^2`."""
         removal = (gradient * value).square().sum((1, 2))
-        share = error.square().sum((2, 3)) / value.square().sum((1, 2)).clamp(min=1e-30)
-        return (removal * share).sum(1)
+        energy = value.square().sum((1, 2)).clamp(min=1e-30)
+        return torch.stack([(removal * e.square().sum((1, 2)) / energy).sum() for e in errors])
 
 
 class FirstOrder(GradientMetric):
     """M3: the squared first-order change of the log-likelihood."""
 
-    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, errors: Errors) -> Tensor:
         """Sum over images of `(g . e)^2`."""
-        if error.shape[1] == 1:
-            return (error.flatten(1) @ gradient.flatten(1).T).square().sum(1)
-        return torch.einsum("kbtf,btf->kb", error, gradient).square().sum(1)
+        return torch.stack([(gradient * e).sum((1, 2)).square().sum() for e in errors])
 
 
-def diagonal(gradient: Gradients, error: Errors) -> Float[Tensor, " widths"]:
+def diagonal(gradient: Gradients, value: Values, errors: Errors) -> Float[Tensor, " widths"]:
     """Sum over images of `sum (g e)^2`."""
     fisher = gradient.square()
-    fisher = fisher.sum(0) if error.shape[1] == 1 else fisher
-    return error.square().flatten(1) @ fisher.flatten()
+    fisher = fisher.sum(0, keepdim=True) if len(value) == 1 else fisher
+    return torch.stack([(e.square() * fisher).sum() for e in errors])
 
 
 class DiagonalFisher(GradientMetric):
     """M4: squared errors weighted by the diagonal of the Fisher information."""
 
-    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, errors: Errors) -> Tensor:
         """Sum over images of `sum (g e)^2`."""
-        return diagonal(gradient, error)
+        return diagonal(gradient, value, errors)
 
 
 class TokenFisher(GradientMetric):
     """M4 with the cross terms inside each token of an activation."""
 
-    def score(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
+    def score(self, gradient: Gradients, value: Values, errors: Errors) -> Tensor:
         """Sum over images of `sum over tokens (g_t . e_t)^2`."""
-        return torch.einsum("kbtf,btf->kbt", error, gradient).square().sum((1, 2))
+        return torch.stack([(gradient * e).sum(2).square().sum() for e in errors])
 
-    def score_weight(self, gradient: Gradients, value: Values, error: Errors) -> Tensor:
+    def score_weight(self, gradient: Gradients, value: Values, errors: Errors) -> Tensor:
         """As in M4."""
-        return diagonal(gradient, error)
+        return diagonal(gradient, value, errors)
 
 
 def tokens_of(x: Float[Tensor, "rows ... features"]) -> Values:
@@ -184,7 +183,7 @@ def _tap_operand(
 
     def arrived(gradient: Tensor) -> None:
         assert isinstance(probe, Probe)
-        errors = rearrange(probe.errors(value), "widths rows ... dims -> widths rows (...) dims")
+        errors = map(tokens_of, probe.errors(value))
         add(tokens_of(gradient), tokens_of(value), errors)
 
     out.register_hook(arrived)  # the image has a gradient, so every operand has
@@ -192,14 +191,14 @@ def _tap_operand(
 
 
 def _tap_layer(
-    errors: Tensor, add: partial[None], layer: nn.Module, inputs: tuple[Tensor], out: Tensor
+    errors: list[Tensor], add: partial[None], layer: nn.Module, inputs: tuple[Tensor], out: Tensor
 ) -> None:
     """Once the gradient of a layer's output arrives, score its weight."""
     x, weight = inputs[0].detach(), layer.weight.detach()  # type: ignore[union-attr]
 
     def arrived(gradient: Tensor) -> None:
         per_image = weight_gradients(layer, x, gradient)
-        add(per_image, weight.flatten(1)[None], errors[:, None])  # type: ignore[operator]
+        add(per_image, weight.flatten(1)[None], errors)  # type: ignore[operator]
 
     out.register_hook(arrived)
 

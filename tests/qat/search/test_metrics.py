@@ -73,7 +73,7 @@ def table_of(metric: Metric, model: nn.Module, images: Tensor, *bits: int) -> Ta
 
 def weight_error(model: nn.Module, images: Tensor, bits: int) -> Tensor:
     with probing(model, images, {WEIGHT: (bits,)}) as probes:
-        return probes[WEIGHT].errors(model.layer.weight)[0]  # type: ignore[union-attr,arg-type]
+        return next(probes[WEIGHT].errors(model.layer.weight))  # type: ignore[union-attr,arg-type]
 
 
 def by_hand(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -111,7 +111,7 @@ def test_taylor_metrics_of_an_activation_equal_their_formulas() -> None:
     weight = model.layer.weight.detach()  # type: ignore[union-attr]
     rows = images.flatten(1)
     with probing(model, images, {slot: (3,)}) as probes:
-        errors = probes[slot].errors(rows)[0]
+        errors = next(probes[slot].errors(rows))
     log_p = F.log_softmax(rows @ weight.T, -1)
     top = F.one_hot(log_p.argmax(1), 4).float()
     gradients = (top - log_p.exp()) @ weight  # d log p(y) / d x = W^T (e_y - p)
@@ -128,11 +128,11 @@ def test_taylor_metrics_of_an_activation_equal_their_formulas() -> None:
 
 def test_token_metric_keeps_cross_terms_inside_a_row_and_is_m4_for_weights() -> None:
     gradient = torch.tensor([[[1.0, 2.0], [3.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]]])
-    error = torch.tensor([[[[1.0, 1.0], [2.0, 1.0]], [[1.0, -1.0], [1.0, -1.0]]]])
+    error = torch.tensor([[[1.0, 1.0], [2.0, 1.0]], [[1.0, -1.0], [1.0, -1.0]]])
     metric = TokenFisher()
     # Rows: 1 + 2 = 3, 6 - 1 = 5; then 0 - 1 = -1, 1 - 1 = 0.
-    assert metric.score(gradient, gradient, error).tolist() == [9.0 + 25.0 + 1.0 + 0.0]
-    weight = error[:, :1]
+    assert metric.score(gradient, gradient, [error]).tolist() == [9.0 + 25.0 + 1.0 + 0.0]
+    weight = [error[:1]]
     expected = DiagonalFisher().score(gradient, gradient[:1], weight)
     assert expected.tolist() == [1.0 + 4 + 36 + 1 + 0 + 1 + 4 + 1]
     assert torch.equal(metric.score_weight(gradient, gradient[:1], weight), expected)
