@@ -11,6 +11,14 @@ from typing import Any, get_args
 from qat.cli.causes import cause
 from qat.plan import nearest
 
+MISSING = {
+    "data.val": "there are no images: give --images DIR (photos without labels), --data DIR "
+    "(photos in a folder for each class), a recipe that has images (--config), or a run "
+    "(--ckpt_path)",
+    "name": "name a row of benchmarks/ledger.yaml, such as lsq_digits",
+}
+"""What to say where an argument is missing."""
+
 
 def told(error: Exception, parser: Any) -> str:
     """What to say of an exception, be it of the parser, ours or of a library.
@@ -50,6 +58,8 @@ def _plain(message: str, parser: Any) -> str:
     """A message without the alternatives of an optional value or the type of a missing class."""
     if unknown := _unknown_class(message, parser):
         return unknown
+    if found := re.fullmatch(r"the following arguments are required: ([\w.]+)", message):
+        return MISSING.get(found[1], message)
     optional = (
         r"(?:Parser key \"([\w.]+)\":\s+)?Does not validate against any of the Union subtypes\s"
         r".*?Errors:\s+- (.*?)\s+- Expected a <class 'NoneType'>\s.*?Given value: (.*)"

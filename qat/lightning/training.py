@@ -252,7 +252,9 @@ def converted(
     """
     if model is None:
         if checkpoint is None:
-            raise ValueError("set model.model, or model.teacher to start from its copy")
+            raise ValueError(
+                "there is no model: name one, --model, or model.teacher to start from its copy"
+            )
         model = files.load(checkpoint)
     if plan is not None:
         convert(model, plan_for(quantizer, plan), quantizer)

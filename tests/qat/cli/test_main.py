@@ -140,6 +140,8 @@ def test_abbreviated_option_is_refused(word: str, refused: Refused) -> None:
     ("words", "message"),
     [
         (("fitt",), r"there is no command 'fitt'; did you mean 'fit'\?$"),
+        (("plan", "--config", "ptq/seconds"), r"no images: give --images DIR .*--data DIR"),
+        (("reproduce",), r"name a row of benchmarks/ledger\.yaml"),
         (("fit", "--config", "configs/defualt.yaml"), r"no recipe .*configs/default\.yaml"),
         (("fit", "--config", FLOAT, "--trainer.max_epochs", "many"), r"max_epochs.*many"),
         (("fit", "--config", FLOAT, "--model.optimizer", "torch.optim.Adan"), "Adan"),
