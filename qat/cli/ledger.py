@@ -28,7 +28,8 @@ class Row:
     Attributes:
         name: What `reproduce` calls it.
         label: What its table calls it.
-        command: Words after `train.py`.
+        command: Words after `train.py`. Several commands are joined by `&&`; they pass on files
+            under `runs/`, for which `reproduce` takes its own run folder.
         measure: The key of `metrics.json` that has to stay within its band.
         least_band: The band where runs differ by less, as on one machine.
     """

@@ -12,8 +12,10 @@ import results
 
 from ptq_init import repq_vit
 from qat.cli import ledger
+from qat.cli.commands import reproduce
 from qat.cli.ledger import Question, Row
 from qat.cli.recipe import load_recipe
+from qat.cli.run_folder import RunFolder
 from tests import runs
 
 ROW = Row("digits", "LSQ", "fit --config qat/digits_w4a4_lsq", "top1", 0.01)
@@ -89,6 +91,31 @@ def test_changed_constant_of_a_method_makes_its_row_fail(
     (line,) = capsys.readouterr().err.splitlines()
     assert "'repq' lies outside its band: logit_error" in line
     assert runs.metrics(tmp_path / "a")["inside"] and not runs.metrics(tmp_path / "b")["inside"]
+
+
+def test_commands_of_a_row_pass_files_on_inside_its_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "search --run_dir runs/mixed && quantize --bits runs/mixed/plan.yaml"
+    row, told = Row("mixed", "PMQ", command, "top1", 0.01), []
+
+    def run(words: list[str]) -> int:
+        told.append(words)
+        folder = Path(words[words.index("--run_dir") + 1])
+        folder.mkdir(parents=True)
+        RunFolder(folder).write_metrics({**METRICS, "device": "cpu"})
+        return 0
+
+    monkeypatch.setattr(ledger, "questions", lambda: [replace(QUESTION, rows=(row,))])
+    monkeypatch.setattr(ledger, "runs", lambda: [{"name": "mixed", "measures": {"top1": 0.9}}])
+    monkeypatch.setattr(reproduce, "main", run)
+    assert runs.run("reproduce", "mixed", "--run_dir", tmp_path / "a") == 0
+    mixed, last = str(tmp_path / "a/mixed"), str(tmp_path / "a/run")
+    seed = ["--seed_everything", "0"]
+    assert told == [
+        ["search", "--run_dir", mixed, *seed],
+        ["quantize", "--bits", f"{mixed}/plan.yaml", "--run_dir", last, *seed],
+    ]
 
 
 def _quick() -> list[str]:
