@@ -31,14 +31,16 @@ Run = dict[str, Any]
 HEAD = """# Results
 
 Written by `python benchmarks/results.py` from the [recorded runs](results/ledger.jsonl).
-`train.py reproduce NAME` runs a row again and says whether its number holds. A value is the mean
-of the recorded runs; the band is how far the next may lie from it.
+`train.py reproduce NAME` runs a row again and says whether its number holds;
+`benchmarks/ledger.yaml` has the names. Rows of ImageNet need [assets](assets.md). A value is the
+mean of the recorded runs; the band is how far the next may lie from it.
 """
 SPEED = """## How fast is a binary model?
 
 DeiT with binary blocks and random weights, as a packed file, beside float and int8 engines. All
 run in turns in one process, on one thread of an Intel Xeon with AMX. Times are processor time, the
-median of the rounds.
+median of the rounds. *Medium* is torch with `set_float32_matmul_precision("medium")`, *react with
+A2* a model with shortcuts and with thresholds that follow the image.
 *Times ours* is the ratio to `ours`, the median of the rounds with the smallest and the largest.
 The [rows](results/inference.jsonl) are written by
 `python benchmarks/inference.py --models deit_small_patch16_224 deit_tiny_patch16_224 --rows FILE`.
@@ -61,7 +63,9 @@ of the logits of an image. *On threshold* counts gaps beyond rounding that begin
 same values. How far logits move after a flip depends on the model: the simulated ViT-Ti
 itself moves by a median of 4.3 (W4A4) and 0.8 (W8A8) when its images change by 3e-7 of their size
 (`python benchmarks/rounding.py FILE`).
-The [rows](results/parity.jsonl) hold more.
+The [rows](results/parity.jsonl) hold more. A row of `export` needs its model first:
+`train.py fit --config default --run_dir runs/default`, or `train.py quantize --config
+ptq/imagenet_vit_tiny_w8a8_repq --run_dir runs/w8a8`, and likewise `w4a4`.
 
 | model | images | agree | median gap | worst | on threshold | faults | codes | others | command |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---|
@@ -71,8 +75,9 @@ ONNX = """## Does an ONNX file answer as the model it comes from?
 The simulated model and its ONNX file in ONNX Runtime. *Faults* are gaps of the logits that do not
 begin with a value on the threshold between two codes. *On integers* counts matrix products.
 When a code flips, a coarse model moves as far as its gaps, as the text above says.
-The [rows](results/onnx.jsonl) are written by `python benchmarks/onnx_parity.py vit`, then `others`
-and `families`.
+Models without a width have eight bits and random weights; there a zero point may lie outside of its
+eight bits, and that product stays in float. The [rows](results/onnx.jsonl) are what
+`python benchmarks/onnx_parity.py vit --num_images 100`, then `others` and `families` print.
 
 | model | images | same class | median gap | worst gap | faults | codes | wrong | on integers |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
@@ -83,8 +88,9 @@ CALIBRATED = """## What can be had without training?
 The ViT-Ti and the 650 photos of [What do minutes buy?](#what-do-minutes-buy), three draws of the
 photos that set the quantizers: the mean with the deviation of one draw. Seconds are those of
 calibration, on one thread. *dopq_calib* is DopQ-ViT's calibration
-(reconstructed), *repq_token* RepQ-ViT with ranges searched by the error of each token; 32 photos
-where no number stands. The [rows](results/val650_methods.json) are the `metrics.json` of
+(reconstructed), *repq_token* the same attention maps (TanQ) with RepQ-ViT's other ranges searched
+by the error of each token; 32 photos where no number stands. The
+[rows](results/val650_methods.json) are the `metrics.json` of
 `train.py quantize --config ptq/compare_val650`.
 
 | bits | method | top-1 | agreement | logit error | seconds |

@@ -114,7 +114,8 @@ def table(rows: list[Row]) -> str:
         "# Families",
         "",
         f"{len(built)} models that timm builds, with random weights and every operand on 8 bits",
-        f"({_versions(built)}). For each of them `benchmarks/zoo.py` tries:",
+        f"({_versions(built)}). For each of them `benchmarks/zoo.py` tries, and notes in the",
+        "[rows](results/zoo.jsonl) with the commit:",
         "",
         *(f"- {claim}: {_passed(built, names)};" for claim, names in CLAIMS.items()),
         "- the initialisers of the last column: they work, or refuse in one line (a number).",
@@ -172,8 +173,8 @@ def _passed(rows: list[Row], names: tuple[str, ...]) -> str:
 
 
 def _versions(rows: list[Row]) -> str:
-    found = {json.dumps(row["versions"], sort_keys=True): row["versions"] for row in rows}
-    return ";\n".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in found.values())
+    found = (f"torch {row['versions']['torch']}, timm {row['versions']['timm']}" for row in rows)
+    return "; ".join(dict.fromkeys(found))
 
 
 def summary(rows: list[Row]) -> str:

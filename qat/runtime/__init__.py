@@ -1,4 +1,4 @@
-"""Runs a packed model with NumPy alone; no torch in the process.
+"""Runs a packed model with NumPy; no torch in the process.
 
 Images in float32, preprocessed, (batch, channels, height, width), give logits; files of images give
 class names and confidences:

@@ -77,7 +77,10 @@ class Search:
 
     def __post_init__(self) -> None:
         if self.budget is not None and self.like is not None:
-            raise ValueError("search.budget and search.like both state the budget; set one")
+            raise ValueError(
+                "search.budget and search.like both state the budget; set one, and the other to "
+                "null: --search.like null"
+            )
 
 
 def add_arguments(parser: LightningArgumentParser) -> None:
@@ -99,8 +102,8 @@ def run(session: Session) -> None:
             "nothing to search: set model.plan to a plan whose operands the search may narrow, "
             "such as w8a8"
         )
-    asked, session = session, with_teacher(session)
     settings = Search(**session.section("search"))
+    asked, session = session, with_teacher(session)
     module, data = session.module(), session.data()
     model = module.model
     space = pmq.Space(tuple(settings.weights), tuple(settings.activations), settings.pairs)
