@@ -10,9 +10,10 @@ of the samples of the first seed, the float model's above those of each method, 
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from adapt_report import spread
 from PIL import Image, ImageDraw
 
 METHODS = {
@@ -45,8 +46,7 @@ def cells(runs: list[dict[str, Any]]) -> list[str]:
     """Mean and standard deviation of every column."""
     shown = []
     for column, digits in COLUMNS.items():
-        values = [run[column] for run in runs]
-        shown.append(f"{mean(values):,.{digits}f} ± {stdev(values):.{digits}f}")
+        shown.append(spread([run[column] for run in runs], digits, ","))
     return shown + [f"{mean(run[c] for run in runs):,.{d}f}" for c, d in ONCE.items()]
 
 

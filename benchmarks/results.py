@@ -15,6 +15,7 @@ from typing import Any
 import binaryvit_report
 import starts_report
 
+from qat import disk
 from qat.cli import ledger
 from qat.cli.ledger import Question, Row
 
@@ -253,17 +254,19 @@ def speed_table(path: Path = SPEEDS) -> str:
 
 def with_table(text: str, shown: str) -> str:
     """A text with its table replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, begun, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (begun and ended):
+        raise ValueError(f"the table needs a place between the lines {BEGIN} and {END}")
     return f"{before}{BEGIN}\n{shown}\n{END}{after}"
 
 
 def write(page_path: Path = PAGE, readme: Path = README) -> None:
     """Write both."""
     questions, runs = ledger.questions(), ledger.runs()
-    page_path.write_text(page(questions, runs))
+    disk.write(page_path, page(questions, runs))
     shown = [short_table(question, runs) for question in questions if question.readme]
-    readme.write_text(with_table(readme.read_text(), "\n".join([*shown, speed_table()])))
+    disk.write(readme, with_table(readme.read_text(), "\n".join([*shown, speed_table()])))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def section(path: Path = ROWS) -> str:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["evaluated_on"] == "val":
+        if row["evaluated_on"] == "val" and row["settings"]["cure"] is None:
             groups[row["settings"]["bits"], row["settings"]["start"]].append(row["metrics"])
     order = [(bits, start) for bits in BITS for start in STARTS if (bits, start) in groups]
     table = "".join(f"| {_line(*names, groups[names])} |\n" for names in order)

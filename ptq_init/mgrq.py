@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from ptq_init.repq_vit import RepQViT
 from qat.journal import Journal
 from qat.reconstruct import JointTuning, Reconstruction, Tuning, start_and_reconstruct
-from qat.reconstruct.terms import OutputError, Step, Term
+from qat.reconstruct.terms import OutputError, Step, Term, normalized
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TokenSupervision:
         importance = step.importance()
         if importance is None:
             return step.output.new_zeros(())
-        ours, theirs = (F.layer_norm(x, x.shape[-1:]) for x in (step.output, step.target))
+        ours, theirs = (normalized(x, step.channels) for x in (step.output, step.target))
         errors = (ours - theirs).square().mean(-1)
         return (importance * errors).flatten(1).sum(1).mean()
 

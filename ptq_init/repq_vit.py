@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate_in_order, joined, observed_by, untouched_on_error
+from qat.card import card_of
 from qat.journal import Journal
 from qat.layers import QuantLinear
 from qat.models import example_inputs
@@ -125,7 +126,15 @@ def calibrate_channels(
 
     The latter are put in place of the inputs' own quantizers; `reparametrize_norms` brings the
     own ones back, from the pairs that this returns.
+
+    Raises:
+        ValueError: If the numbers of the model are too coarse to be folded.
     """
+    if (dtype := card_of(model).dtype).itemsize < 4:
+        raise ValueError(
+            f"reparametrization folds scales into weights, which rounds those of {dtype} by whole "
+            "percents; quantize model.float()"
+        )
     set_phase(model, Phase.FLOAT)
     pairs = norm_pairs(model, journal)
     for pair in pairs:

@@ -117,7 +117,7 @@ class NoisyInputs:
         inputs = probe.inputs
         deviation = inputs.std(0, correction=0, keepdim=True) * self.noise
         noise = torch.randn(inputs.shape, generator=probe.generator).to(inputs.device)
-        return self.error.between(probe.run(inputs + deviation * noise), step.target)
+        return self.error.between(probe.run(inputs + deviation * noise), step.target, step.channels)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class SameForBothViews:
         if probe.last:
             ours, theirs = (x.log_softmax(-1) for x in (probe.view_output, step.output))
             return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        return self.error.between(probe.view_output, step.output)
+        return self.error.between(probe.view_output, step.output, step.channels)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class SameForAllDrops:
     def __call__(self, step: Step) -> Tensor:
         """The distance of two outputs for the same input."""
         probe = _probe(step)
-        return self.error.between(probe.run(probe.inputs), step.output)
+        return self.error.between(probe.run(probe.inputs), step.output, step.channels)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class RightForBothViews:
 
     def __call__(self, step: Step) -> Tensor:
         """The error of the perturbed view's output."""
-        return self.error.between(_probe(step).view_output, step.target)
+        return self.error.between(_probe(step).view_output, step.target, step.channels)
 
 
 PEM: Mapping[str, Callable[[OutputError], Term]] = {

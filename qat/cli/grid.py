@@ -33,8 +33,20 @@ def choices(grid: Mapping[str, Axis]) -> Iterator[tuple[dict[str, str], dict[str
 
 
 def named(axis: Axis) -> Mapping[str, Part]:
-    """The choices of an axis by their names."""
-    return axis if isinstance(axis, Mapping) else {Path(path).stem: path for path in axis}
+    """The choices of an axis by their names.
+
+    Raises:
+        ValueError: If two files of a list have one name.
+    """
+    if isinstance(axis, Mapping):
+        return axis
+    found = {Path(path).stem: path for path in axis}
+    if len(found) < len(axis):
+        raise ValueError(
+            f"two choices of a grid have one name: {', '.join(axis)}; name them, such as "
+            f"{{first: {axis[0]}}}"
+        )
+    return found
 
 
 def run_grid(
@@ -45,6 +57,8 @@ def run_grid(
     Yields:
         After each run the rows so far: names of the choice, and what the run measured.
     """
+    if session.config.draws < 1:
+        raise ValueError(f"draws must be at least 1, got {session.config.draws}")
     rows: list[dict[str, Any]] = []
     one = session.changed({"grid": None})
     # All choices are read before the first one runs, since a mistake in the last costs hours.

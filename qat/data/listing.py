@@ -77,7 +77,7 @@ def class_folders(root: str | Path) -> dict[str, list[Path]]:
             rather than a class.
     """
     root = Path(root)
-    files = _listed(root)
+    files = listed(root)
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
     classes = {path.name: list[Path]() for path in folders if not is_hidden(path.name)}
     for path in filter(is_image, files):
@@ -94,7 +94,7 @@ def images_below(root: str | Path) -> list[Path]:
     Raises:
         ValueError: If the folder cannot be read, or there is none in it.
     """
-    files = _listed(Path(root))
+    files = listed(Path(root))
     images = [path for path in files if is_image(path)]
     if not images:
         raise ValueError(
@@ -104,7 +104,12 @@ def images_below(root: str | Path) -> list[Path]:
     return images
 
 
-def _listed(root: Path) -> list[Path]:
+def listed(root: Path) -> list[Path]:
+    """Every file below a folder of images that is not hidden, in the order of code points.
+
+    Raises:
+        ValueError: If the folder cannot be read.
+    """
     try:
         return list(files_below(root))
     except OSError as error:

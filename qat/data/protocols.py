@@ -70,10 +70,8 @@ class Arrival:
 
     def schedule(self, labels: np.ndarray, batch_size: int, seed: int) -> Schedule:
         """One segment, in order, without corruption."""
-        size = len(labels)
-        starts = np.array([*range(0, size, batch_size), size])
-        clean, rows = (Domain(CLEAN, 0),), np.arange(size)
-        return Schedule(clean, rows, np.zeros(size, dtype=int), starts, frozenset())
+        rows = np.arange(len(labels))
+        return _laid_out([(rows, np.zeros_like(rows))], (Domain(CLEAN, 0),), batch_size)
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ class Gradual:
     def schedule(self, labels: np.ndarray, batch_size: int, seed: int) -> Schedule:
         """Nine segments for each corruption, all images in each."""
         levels = (1, 2, 3, 4, 5, 4, 3, 2, 1)
-        domains = [d for name in self.corruptions for s in levels for d in _domains([name], s)]
+        every = [_domains(self.corruptions, severity) for severity in levels]
+        domains = [domain for of_one in zip(*every, strict=True) for domain in of_one]
         return _in_turn(domains, labels, batch_size, seed)
 
 

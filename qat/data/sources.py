@@ -104,7 +104,7 @@ def aligned(source: Source, class_names: ClassNames | None, what: str, complete:
     if source.class_names is None or class_names is None:
         return source
     labels = relabelled(source.labels, source.class_names, class_names, what, complete)
-    return Source(source.read, labels, len(class_names), source.ids, class_names)
+    return Source(source.read, labels, len(class_names), source.ids, class_names, source.files)
 
 
 def digits(split: str) -> Source:
@@ -197,7 +197,7 @@ def labelled_folder(root: str, labels: str, num_classes: int | None = None) -> S
     paths = tables.files_of(rows, labels, root)
     found, names = tables.classes_of(rows, labels, num_classes)
     number = num_classes or max(found, default=0) + 1
-    return Source(lambda i: read_file(paths[i]), found, number, class_names=names)
+    return _of_files(paths, root, found, number, names)
 
 
 def image_folder(
@@ -223,7 +223,7 @@ def image_folder(
         }
     paths = [path for found in classes.values() for path in found]
     labels = [index for index, found in enumerate(classes.values()) for _ in found]
-    return Source(lambda i: read_file(paths[i]), labels, len(classes), class_names=tuple(classes))
+    return _of_files(paths, root, labels, len(classes), tuple(classes))
 
 
 def unlabelled(root: str) -> Source:
@@ -236,8 +236,15 @@ def unlabelled(root: str) -> Source:
         ValueError: If it cannot be read, or holds no image.
     """
     paths = images_below(root)
+    return _of_files(paths, root, [UNKNOWN] * len(paths), 0, None)
+
+
+def _of_files(
+    paths: list[Path], root: str, labels: list[int], number: int, names: ClassNames | None
+) -> Source:
+    """Files below a folder, called by their paths in it."""
     files = [str(path.relative_to(root)) for path in paths]
-    return Source(lambda i: read_file(paths[i]), [UNKNOWN] * len(paths), 0, files=files)
+    return Source(lambda i: read_file(paths[i]), labels, number, class_names=names, files=files)
 
 
 def _part(paths: list[Path], split: str, val_share: float, what: str) -> list[Path]:

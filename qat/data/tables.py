@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.data.classes import ClassNames
-from qat.data.listing import class_name, files_below
+from qat.data.listing import class_name, listed
 from qat.reading import shown
 
 Rows = list[tuple[int, dict[str, str | None]]]
@@ -119,7 +119,7 @@ def files_of(rows: Rows, path: str, root: str) -> list[Path]:
         ValueError: If a file is missing, ambiguous, or in several rows.
     """
     by_name = defaultdict(list)
-    for file in files_below(Path(root)):
+    for file in listed(Path(root)):
         by_name[file.name].append(file)
     names = [(row[FILE] or "").strip() for _, row in rows]
     found = [_candidates(Path(root), name, by_name) for name in names]

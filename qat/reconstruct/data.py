@@ -72,6 +72,7 @@ class StageData:
             taps.read(),
             lambda: None if (shares := self.importance()) is None else shares[chosen],
             Probe(stage.forward, inputs, view, self.weights, not self.rest, generator),
+            stage.channels,
         )
 
     def _remainder(self, output: Tensor) -> Tensor:
@@ -190,8 +191,9 @@ def token_importance(
             for stage in chain[1:]:
                 outputs.append(stage.forward(outputs[-1]))
             chosen = log_likelihoods(outputs[-1], "sampled", None, generator).sum()
-            for seen, gradient in zip(found, torch.autograd.grad(chosen, outputs), strict=True):
-                energy = gradient.square().sum(-1)
+            gradients = torch.autograd.grad(chosen, outputs)
+            for stage, seen, gradient in zip(chain, found, gradients, strict=True):
+                energy = gradient.square().sum(stage.channels)
                 if energy.ndim > 1:
                     total = energy.flatten(1).sum(1).clamp(min=torch.finfo(energy.dtype).tiny)
                     seen.append(energy / total.view(-1, *[1] * (energy.ndim - 1)))

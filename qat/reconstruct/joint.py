@@ -115,8 +115,8 @@ def _losses(ours: list[Stage], theirs: list[Stage], images: Tensor) -> tuple[Ten
         x = stage.forward(x)
         with torch.no_grad():
             y = reference.forward(y)
-        errors.append((x.float(), y.float()))
-    *outputs, (x, y) = errors
+        errors.append((x.float(), y.float(), stage.channels))
+    *outputs, (x, y, _) = errors
     divergence = F.kl_div(
         x.log_softmax(-1), y.log_softmax(-1), reduction="batchmean", log_target=True
     )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qat.layers import QuantConv2d
 from qat.models import example_inputs
 from qat.reconstruct.stage import Stage
 
@@ -49,10 +50,10 @@ def sequence_stages(model: nn.Module) -> list[Stage] | None:
     try:
         with torch.no_grad():
             for names in _candidates(model):
-                given = _in_sequence(model, names, example)
-                if not given:
+                calls = _in_sequence(model, names, example)
+                if not calls:
                     continue
-                found = _chain(model, names, given)
+                found = _chain(model, calls)
                 if _disjoint(found) and _same(found, model, example):
                     return found
     finally:
@@ -73,8 +74,8 @@ def _candidates(model: nn.Module) -> list[list[str]]:
     return [names for size, names in sorted(found, key=lambda pair: -pair[0]) if size]
 
 
-def _in_sequence(model: nn.Module, names: list[str], example: Tensor) -> list[Given] | None:
-    """What each module is given beside its input; None unless they run as a sequence.
+def _in_sequence(model: nn.Module, names: list[str], example: Tensor) -> list[_Call] | None:
+    """The call of each module; None unless they run as a sequence.
 
     They have to run once each, in order, each on what the one before gives, and whatever else they
     are given (the rotations of RoPE, shared biases of positions) must not depend on the image.
@@ -85,7 +86,7 @@ def _in_sequence(model: nn.Module, names: list[str], example: Tensor) -> list[Gi
     alone = all(_is_tensor(call.input) and _is_tensor(call.output) for call in calls)
     follow = all(a.output is b.input for a, b in pairwise(calls))
     constant = all(_equal(a.given, b.given) for a, b in zip(calls, others, strict=True))
-    return [call.given for call in calls] if alone and follow and constant else None
+    return calls if alone and follow and constant else None
 
 
 def _calls(model: nn.Module, names: list[str], images: Tensor) -> list[_Call]:
@@ -118,7 +119,8 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _chain(model: nn.Module, names: list[str], given: list[Given]) -> list[Stage]:
+def _chain(model: nn.Module, calls: list[_Call]) -> list[Stage]:
+    names = [call.name for call in calls]
     blocks = [model.get_submodule(name) for name in names]
 
     def before(images: Tensor) -> Tensor:
@@ -147,13 +149,25 @@ def _chain(model: nn.Module, names: list[str], given: list[Given]) -> list[Stage
     owner = names[0].rpartition(".")[0]
     early, late = _around(model, names)
     return [
-        Stage(f"before {owner}", early, before),
+        Stage(f"before {owner}", early, before, _channels(blocks[0], calls[0].input)),
         *(
-            Stage(name, (block,), partial(_run, block, *beside))
-            for name, block, beside in zip(names, blocks, given, strict=True)
+            Stage(
+                call.name,
+                (block,),
+                partial(_run, block, *call.given),
+                _channels(block, call.output),
+            )
+            for call, block in zip(calls, blocks, strict=True)
         ),
         Stage(f"after {owner}", late, after),
     ]
+
+
+def _channels(block: nn.Module, x: Tensor) -> int:
+    """The axis of the channels of what a block reads or gives: 1 where its convolutions do."""
+    convolutions: list[Any] = [m for m in block.modules() if isinstance(m, nn.Conv2d | QuantConv2d)]
+    widths = {width for conv in convolutions for width in (conv.in_channels, conv.out_channels)}
+    return 1 if x.ndim == 4 and x.shape[1] in widths else -1
 
 
 def _run(block: nn.Module, others: tuple[Any, ...], options: dict[str, Any], x: Tensor) -> Tensor:
@@ -163,13 +177,15 @@ def _run(block: nn.Module, others: tuple[Any, ...], options: dict[str, Any], x: 
 @contextmanager
 def _replaced(blocks: list[nn.Module], functions: list[Callable[..., Tensor]]) -> Iterator[None]:
     """Let blocks run other functions within the block."""
+    own = [{k: v for k, v in vars(block).items() if k == "forward"} for block in blocks]
     try:
         for block, function in zip(blocks, functions, strict=True):
             block.forward = function
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            vars(block).update(forward)
 
 
 def _around(

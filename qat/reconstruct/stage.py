@@ -15,11 +15,13 @@ class Stage:
         name: Name of its main module.
         modules: The modules it runs.
         forward: From the output of the stage before, images for the first, to its own output.
+        channels: The axis of the channels of its output; all others but the first are tokens.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     forward: Callable[[Tensor], Tensor]
+    channels: int = -1
 
     def state(self) -> dict[str, Any]:
         """A copy of all that its modules keep."""

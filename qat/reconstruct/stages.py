@@ -56,9 +56,9 @@ def resnet_stages(model: ResNet) -> list[Stage]:
     def stem(images: Tensor) -> Tensor:
         return model.maxpool(model.act1(model.bn1(model.conv1(images))))
 
-    first = Stage("conv1", (model.conv1, model.bn1, model.act1, model.maxpool), stem)
+    first = Stage("conv1", (model.conv1, model.bn1, model.act1, model.maxpool), stem, 1)
     blocks = [
-        Stage(f"layer{i}.{j}", (block,), block)
+        Stage(f"layer{i}.{j}", (block,), block, 1)
         for i in range(1, 5)
         for j, block in enumerate(model.get_submodule(f"layer{i}").children())
     ]

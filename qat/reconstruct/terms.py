@@ -82,6 +82,7 @@ class Step:
         importance: The share of each token of the output in what the float model's answers depend
             on, `images x tokens`; None where the output has no tokens.
         probe: Further runs of the quantized stage, and its weights.
+        channels: The axis of the channels of output and target.
     """
 
     output: Tensor
@@ -91,6 +92,7 @@ class Step:
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     importance: Callable[[], Tensor | None] = lambda: None
     probe: Probe | None = None
+    channels: int = -1
 
     @cached_property
     def output_logits(self) -> Tensor:
@@ -125,11 +127,16 @@ class OutputError:
 
     def __call__(self, step: Step) -> Tensor:
         """The mean over tokens and channels."""
-        return self.between(step.output, step.target)
+        return self.between(step.output, step.target, step.channels)
 
-    def between(self, output: Tensor, target: Tensor) -> Tensor:
-        """The error of any output."""
+    def between(self, output: Tensor, target: Tensor, channels: int) -> Tensor:
+        """The error of any output, whose channels lie along an axis."""
         if self.scope == "token":
-            output, target = (F.layer_norm(x, x.shape[-1:]) for x in (output, target))
-            return F.mse_loss(output, target)
+            return F.mse_loss(normalized(output, channels), normalized(target, channels))
         return F.mse_loss(output, target) / target.square().mean()
+
+
+def normalized(x: Tensor, channels: int) -> Tensor:
+    """Tokens of mean 0 and variance 1 over their channels, which come last."""
+    x = x.movedim(channels, -1)
+    return F.layer_norm(x, x.shape[-1:])

@@ -168,14 +168,23 @@ class Rounding:
     strength: float = 0.01
 
     def attach(self, modules: Modules) -> Attachment:
-        """Put a `SoftRounding` in place of each uniform weight quantizer."""
+        """Put a `SoftRounding` in place of each weight quantizer.
+
+        Raises:
+            ValueError: If one is not `Affine`.
+        """
         soft: list[tuple[nn.Module, SoftRounding]] = []
         for module in modules:
             for name, weight, quantizer in list(quantized_weights(module)):
-                if isinstance(quantizer, Affine):
-                    layer = module.get_submodule(name)
-                    layer.weight_quantizer = SoftRounding(weight, quantizer)
-                    soft.append((layer, layer.weight_quantizer))
+                if not isinstance(quantizer, Affine):
+                    raise ValueError(
+                        f"AdaRound trains the rounding of Affine, {name or 'a weight'} has "
+                        f"{type(quantizer).__name__}; take rounding 'ste', or the quantizer "
+                        "qat.quantizers.Affine"
+                    )
+                layer = module.get_submodule(name)
+                layer.weight_quantizer = SoftRounding(weight, quantizer)
+                soft.append((layer, layer.weight_quantizer))
         return Attachment(
             [{"params": [rounding.v], "lr": self.lr} for _, rounding in soft],
             penalty=partial(self._penalty, [rounding for _, rounding in soft]),

@@ -105,8 +105,9 @@ def probing(
         probes[slot] = Probe(
             {b: _at(quantizer, b, conversion.make_quantizer, observer) for b in wanted}
         )
-        model.set_submodule(path, probes[slot])
     try:
+        for path, quantizer in own.items():
+            model.set_submodule(path, probes[slot_of(path, quantizer)])
         model.eval()
         _calibrate(model, probes.values(), images)
         yield {slot: probe for slot, probe in probes.items() if probe.widths}

@@ -37,7 +37,7 @@ def view(
     pixels = _moved(_coloured(pixels, generator), generator)
     pixels = _blurred(pixels, generator)
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
-    return ((pixels + 0.005 * noise).clamp(0, 1) - mean) / std
+    return (((pixels + 0.005 * noise).clamp(0, 1) - mean) / std).to(images.dtype)
 
 
 def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat.models import num_classes_of
 from qat.tta.answer import State, Step
 from qat.tta.gradient import GradientMethod, gradient
 from qat.tta.ops import cross_entropy, entropy, moved, one_hot
@@ -54,7 +55,7 @@ class EATA(GradientMethod):
         Raises:
             ValueError: If `anchor` is set and there are no calibration images.
         """
-        state = {**super().start(on, calibration), "mean": torch.zeros(on.model.num_classes)}  # type: ignore[arg-type]
+        state = {**super().start(on, calibration), "mean": torch.zeros(num_classes_of(on.model))}
         if self.anchor:
             state |= {"anchor": state["params"], "fisher": self._fisher(on, state, calibration)}
         return state

@@ -74,7 +74,7 @@ class FOA(Method):
             _, tokens, feature = _run(on, None, images)
         clean = {"mean": tokens.mean(1), "deviation": tokens.std(1, correction=0)}
         state = with_part({}, "clean", {**clean, "feature": feature.mean(0)})
-        search = cma.start(self.prompts * tokens.shape[2], self.radius, on.like)
+        search = cma.start(self.prompts * tokens.shape[2], self.radius, on.like.float())
         return {**with_part(state, "search", search), "feature": feature.mean(0)}
 
     def predict(self, on: Overlay, state: State, images: Tensor) -> Float[Tensor, "n c"]:
@@ -114,7 +114,7 @@ class FOA(Method):
     def _answer(self, on: Overlay, state: State, feature: Tensor) -> Tensor:
         model: Any = on.model
         shifted = feature + state["clean.feature"] - state["feature"]
-        return model.get_classifier()(shifted).float()
+        return model.get_classifier()(shifted.to(on.like.dtype)).float()
 
 
 def _run(

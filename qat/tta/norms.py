@@ -49,7 +49,7 @@ def norm_parameters(model: nn.Module, top: bool = True) -> list[str]:
     if not names:
         raise ValueError(
             "the model has no normalization layer with parameters, so there is nothing to adapt; "
-            "use qat.tta.CoTTA(adapts='all'), or a model with LayerNorm, GroupNorm or BatchNorm"
+            "use qat.tta.CoTTA(adapts_all=True), or a model with LayerNorm, GroupNorm or BatchNorm"
         )
     return names
 

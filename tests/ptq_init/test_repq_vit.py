@@ -334,6 +334,15 @@ def test_one_image_is_enough() -> None:
         assert torch.isfinite(model(images(2, seed=5))).all()
 
 
+def test_numbers_of_16_bits_are_refused() -> None:
+    model = tiny_vit().bfloat16()
+    convert_(model, plan(6), LOG)
+    with pytest.raises(
+        ValueError, match=r"torch\.bfloat16 by whole percents; quantize model\.float"
+    ):
+        RepQViT()(model, [images(1).bfloat16()])
+
+
 @pytest.mark.parametrize(
     "initialise",
     [MinMaxRange(), PercentileMSERange(), RepQViT(), DopQCalibration()],

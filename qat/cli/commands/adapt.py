@@ -204,7 +204,7 @@ def compare(session: Session) -> None:
     config = session.config
 
     def run_one(chosen: Session) -> None:
-        keys = ("model", "data", "init", "seed_everything", "ckpt_path")
+        keys = ("model", "teacher_config", "data", "init", "seed_everything", "ckpt_path")
         name = sha256(str([chosen.config[key] for key in keys]).encode()).hexdigest()[:12]
         adapt(continuing(chosen), session.folder.path / "models" / f"{name}.ckpt")
 

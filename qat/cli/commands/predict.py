@@ -67,11 +67,12 @@ def answering(path: str) -> tuple[Logits, Sequence[str], Prepare]:
         return packed, packed.class_names, packed.images.prepare
     model = model_in(path)
     require_calibrated(model, path)
-    names = card_of(model).class_names or range(num_classes_of(model))
+    card = card_of(model)
+    names, dtype = card.class_names or range(num_classes_of(model)), card.dtype
 
     @torch.inference_mode()
     def logits(images: np.ndarray) -> np.ndarray:
-        return model(torch.from_numpy(images)).float().numpy()
+        return model(torch.from_numpy(images).to(dtype)).float().numpy()
 
     return logits, [str(name) for name in names], preparing(expected_by(model))
 

@@ -30,8 +30,9 @@ def run(session: Session) -> None:
     session.require_new()
     question, row = ledger.row_named(session.config.name, ledger.questions())
     inner = RunFolder(session.folder.path / "run")
-    *before, last = row.command.replace("runs/", f"{session.folder.path}/").split(" && ")
-    for command in (*before, f"{last} --run_dir {inner.path}"):
+    here = shlex.quote(str(session.folder.path))
+    *before, last = row.command.replace("runs/", f"{here}/").split(" && ")
+    for command in (*before, f"{last} --run_dir {here}/run"):
         status = main([*shlex.split(command), "--seed_everything", str(session.seed)])
         if status:
             raise ValueError(f"'{command}' ended with status {status}")

@@ -116,6 +116,7 @@ def _watched(model: nn.Module, probes: Mapping[Slot, Probe]) -> Iterator[dict[Sl
     operands: dict[Slot, Tensor] = {}
 
     def keep(slot: Slot, probe: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        out = out.view_as(out)  # the operand as this product reads it, whoever else does
         operands[slot] = out if out.requires_grad else out.detach().requires_grad_(True)
         return operands[slot]
 

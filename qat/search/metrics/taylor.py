@@ -85,20 +85,29 @@ class GradientMetric(Metric):
         """Omega from one backward pass over all images."""
         generator = torch.Generator().manual_seed(self.seed)
         totals: dict[Slot, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        handles = []
+        handles, num_images = [], 1
+
+        def by_image(x: Tensor) -> Values:
+            """A row for each image, of which the windows of an attention make several."""
+            x = tokens_of(x)
+            return x if len(x) % num_images else x.reshape(num_images, -1, x.shape[-1])
+
         for slot, probe in probes.items():
             if slot.operand is Operand.WEIGHT:
                 add = partial(self._add, totals, slot, self.score_weight)
                 layer: nn.Module = model.get_submodule(slot.module)
                 errors = [e.flatten(1)[None] for e in probe.errors(layer.weight)]  # type: ignore
-                handles.append(layer.register_forward_hook(partial(_tap_layer, errors, add)))
+                handles.append(
+                    layer.register_forward_hook(partial(_tap_layer, errors, by_image, add))
+                )
             else:
                 add = partial(self._add, totals, slot, self.score)
-                handles.append(probe.register_forward_hook(partial(_tap_operand, add)))
+                handles.append(probe.register_forward_hook(partial(_tap_operand, by_image, add)))
         wanted = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         try:
             for batch, batch_labels in parts(images, labels, self.images_at_once):
+                num_images = len(batch)
                 with torch.enable_grad():
                     logits = model(batch.requires_grad_(True))
                     log_likelihoods(logits, self.target, batch_labels, generator).sum().backward()
@@ -175,7 +184,11 @@ def tokens_of(x: Float[Tensor, "rows ... features"]) -> Values:
 
 
 def _tap_operand(
-    add: partial[None], probe: nn.Module, inputs: tuple[Tensor], out: Tensor
+    rows: Callable[[Tensor], Values],
+    add: partial[None],
+    probe: nn.Module,
+    inputs: tuple[Tensor],
+    out: Tensor,
 ) -> Tensor:
     """Once the gradient of an operand arrives, score it."""
     value = inputs[0].detach()
@@ -183,21 +196,27 @@ def _tap_operand(
 
     def arrived(gradient: Tensor) -> None:
         assert isinstance(probe, Probe)
-        errors = map(tokens_of, probe.errors(value))
-        add(tokens_of(gradient), tokens_of(value), errors)
+        add(rows(gradient), rows(value), map(rows, probe.errors(value)))
 
     out.register_hook(arrived)  # the image has a gradient, so every operand has
     return out
 
 
 def _tap_layer(
-    errors: list[Tensor], add: partial[None], layer: nn.Module, inputs: tuple[Tensor], out: Tensor
+    errors: list[Tensor],
+    rows: Callable[[Tensor], Values],
+    add: partial[None],
+    layer: nn.Module,
+    inputs: tuple[Tensor],
+    out: Tensor,
 ) -> None:
     """Once the gradient of a layer's output arrives, score its weight."""
     x, weight = inputs[0].detach(), layer.weight.detach()  # type: ignore[union-attr]
 
     def arrived(gradient: Tensor) -> None:
-        per_image = weight_gradients(layer, x, gradient)
+        is_linear = not hasattr(layer, "kernel_size")
+        pair = (rows(x), rows(gradient)) if is_linear else (x, gradient)
+        per_image = weight_gradients(layer, *pair)
         add(per_image, weight.flatten(1)[None], errors)  # type: ignore[operator]
 
     out.register_hook(arrived)

@@ -157,6 +157,22 @@ def test_grid_runs_every_choice_and_skips_those_that_are_done(
     assert again["table"][:3] == found["table"][:3]
 
 
+@pytest.mark.parametrize(
+    ("grid", "draws", "message"),
+    [
+        ("method: [one/low.yaml, other/low.yaml]", 1, "two choices of a grid have one name"),
+        ("bits: {low: {model: {plan: w3a3}}}", 0, "draws must be at least 1, got 0"),
+    ],
+)
+def test_grid_without_sense_is_refused(
+    grid: str, draws: int, message: str, repq: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = ("--config", repq, "--run_dir", tmp_path / "run", *QUIET)
+    assert runs.run("quantize", *words, "--grid", f"{{{grid}}}", "--draws", draws) != 0
+    assert message in capsys.readouterr().err
+
+
 def test_grid_reads_every_choice_before_it_runs_one(
     repq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

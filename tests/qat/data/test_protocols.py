@@ -5,6 +5,7 @@ import pytest
 
 from qat.data.corruptions import CORRUPTIONS, Domain
 from qat.data.protocols import (
+    Arrival,
     CleanAfterShift,
     Continual,
     Correlated,
@@ -138,7 +139,9 @@ def test_smaller_delta_correlates_labels_more_and_none_sorts_them() -> None:
         (lambda: Correlated().schedule(np.arange(30), 10, 0), "no two of the 30 images share"),
         (lambda: Recurring(0), "laps must be at least 1, got 0"),
         (lambda: laid_out(Continual(())), "at least one corruption"),
+        (lambda: laid_out(Gradual(())), "at least one corruption"),
         (lambda: laid_out(Continual(PAIR), batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: laid_out(Arrival(), batch_size=0), "batch_size must be at least 1, got 0"),
     ],
 )
 def test_settings_without_sense_are_refused(protocol, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -14,12 +14,13 @@ from torch.testing import assert_close
 
 from ptq_init.dopq_vit import DopQViT
 from ptq_init.mgrq import MGRQ, LocalSupervision, LogitSupervision, TokenSupervision
+from ptq_init.minmax import MinMaxRange
 from ptq_init.repq_vit import RepQViT
 from ptq_init.ttaq import TTAQ
-from qat import Phase, convert_
+from qat import Phase, Plan, convert_
 from qat.calibrate import Initialiser
 from qat.models import timm_model
-from qat.quantizers import Affine, LogSqrt2, PerOperand, TanQ, quantizers
+from qat.quantizers import LSQ, Affine, LogSqrt2, PerOperand, TanQ, quantizers
 from qat.reconstruct import JointTuning, Reconstruction, activation_bytes
 from qat.reconstruct.data import token_importance
 from qat.reconstruct.stages import stages
@@ -251,6 +252,22 @@ def test_output_error_per_token_is_blind_to_the_size_of_a_token() -> None:
         error("tensor", output, target), (output - target).square().sum() / target.square().sum()
     )
     assert error("token", target, target) == 0
+
+
+def test_tokens_of_an_image_of_features_are_normalised_over_its_channels() -> None:
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    goal = x * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1) + 1  # other channels, same positions
+    last = OutputError().between(x.movedim(1, -1), goal.movedim(1, -1), -1)
+    assert_close(OutputError().between(x, goal, 1), last)
+    assert last > 0.1 > 100 * OutputError().between(x, goal, -1)
+
+
+def test_rounding_of_weights_that_it_cannot_train_is_refused() -> None:
+    model = tiny_vit()
+    convert_(model, Plan.uniform(4, 4, zero_point=False), LSQ)
+    MinMaxRange()(model, [images(2)])
+    with pytest.raises(ValueError, match=r"has LSQ; take rounding 'ste'"):
+        Rounding().attach((model,))
 
 
 def test_global_supervision_is_the_divergence_of_logits() -> None:

@@ -1,5 +1,6 @@
 """Stages of models for which no chain is written: found where there are any, else refused."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -58,6 +59,23 @@ def test_blocks_are_found_with_what_comes_before_and_after() -> None:
         y = stage.forward(y)
     assert torch.equal(y, model(x))
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_channels_are_where_the_convolutions_have_them() -> None:
+    convnext = qat.timm_model("convnext_atto")
+    assert {stage.channels for stage in stages(convnext)[:-1]} == {1}
+    swin = qat.timm_model("swin_tiny_patch4_window7_224", model_args={"depths": (1, 1, 1, 1)})
+    assert {stage.channels for stage in stages(swin)} == {-1}
+
+
+def test_search_for_blocks_leaves_a_forward_of_ones_own() -> None:
+    model, x = Blocks().eval(), torch.randn(3, 5, 6)
+    own = model.steps[1].forward
+    model.steps[1].forward = lambda x: 2 * own(x)
+    before = model(x)
+    with contextlib.suppress(ValueError):
+        stages(model)
+    assert torch.equal(model(x), before)
 
 
 def test_gradients_reach_every_stage() -> None:

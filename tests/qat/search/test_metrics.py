@@ -126,6 +126,52 @@ def test_taylor_metrics_of_an_activation_equal_their_formulas() -> None:
         assert found == pytest.approx(value.item(), rel=1e-4), metric
 
 
+class Windows(nn.Module):
+    """A layer that sees each image in so many windows, as its rows."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.number = nn.Linear(3, 4), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.layer(tokens.reshape(len(x) * self.number, -1, 3)).reshape(len(x), -1, 4).sum(1)
+
+
+@pytest.mark.parametrize("metric", [TaylorRemoval(), FirstOrder(), TokenFisher()])
+def test_windows_of_an_image_count_as_one_image(metric: Metric) -> None:
+    images, tables = torch.randn(5, 3, 2, 2), []
+    for number in (1, 2, 4):
+        model = Windows(number)
+        rules = [{"pattern": "layer", "weight": {"bits": 8}, "input": {"bits": 8}}]
+        qat.convert_(model, qat.Plan.from_list(rules), Affine)
+        tables.append(table_of(metric, model, images, 3))
+    for slot, row in tables[0].items():
+        assert [table[slot][3] for table in tables[1:]] == pytest.approx([row[3]] * 2, rel=1e-4)
+
+
+def test_trace_of_an_operand_leaves_out_what_others_do_with_the_same_tensor() -> None:
+    class Shortcut(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return 0 * self.layer(x) + torch.cat([x, x[:, :1]], 1) ** 2
+
+    model = Shortcut()
+    rules = [{"pattern": "layer", "weight": {"bits": 8}, "input": {"bits": 8}}]
+    qat.convert_(model, qat.Plan.from_list(rules), Affine)
+    found = table_of(HessianTrace(num_samples=2), model, torch.randn(5, 3, 1, 1), 3)
+    assert found[Slot("layer", Operand.INPUT)][3] == 0
+
+
+def test_width_that_there_is_no_quantizer_for_leaves_the_model_as_it_was() -> None:
+    model, images = vit()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="offers 2 to 16 bits, got 1"):
+        table_of(TokenFisher(), model, images, 1)
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_token_metric_keeps_cross_terms_inside_a_row_and_is_m4_for_weights() -> None:
     gradient = torch.tensor([[[1.0, 2.0], [3.0, -1.0]], [[0.0, 1.0], [1.0, 1.0]]])
     error = torch.tensor([[[1.0, 1.0], [2.0, 1.0]], [[1.0, -1.0], [1.0, -1.0]]])

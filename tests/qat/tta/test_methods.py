@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import qat
+from qat.card import card_of
 from qat.tta import EATA, FOA, LAME, SAR, SGD, Adapter, CoTTA, Outcome, RDumb, RoTTA, Tent
 from qat.tta.augment import view
 from qat.tta.eata import selected
@@ -16,7 +18,7 @@ from qat.tta.lame import corrected, nearest
 from qat.tta.memory import EMPTY, Memory
 from qat.tta.ops import cross_entropy, entropy, one_hot
 from qat.tta.sar import climbed
-from tests.qat.tta.common import FAST, adapter, clean, knowing, noisy, same, shared
+from tests.qat.tta.common import FAST, METHODS, adapter, clean, knowing, noisy, same, shared
 
 
 def params(tested: Adapter) -> Tensor:
@@ -347,3 +349,26 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         RDumb(period=0)
     with pytest.raises(ValueError, match="needs calibration images"):
         Adapter(shared(), replace(FOA(), population=4))
+
+
+@pytest.mark.parametrize("name", ["cotta", "rotta", "foa"])
+def test_methods_with_views_or_prompts_adapt_numbers_of_16_bits(name: str) -> None:
+    model = knowing().bfloat16()
+    tested = Adapter(model, METHODS[name], [batch.bfloat16() for batch in clean()])
+    outcomes = [tested.adapt(batch.bfloat16()) for batch in noisy()[:3]]
+    assert {found.outcome for found in outcomes} == {Outcome.ADAPTED}
+
+
+def test_eata_asks_nobody_but_the_head_for_the_number_of_classes() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = knowing()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    pixels, names = card_of(knowing()).preprocessing, [str(i) for i in range(10)]
+    model = qat.adopt(Plain().eval(), preprocessing=pixels, class_names=names)
+    tested = Adapter(model, METHODS["eata"], clean())
+    assert tested.adapt(noisy()[0]).outcome is Outcome.ADAPTED
