@@ -37,7 +37,10 @@ def test_unknown_class_is_refused_with_the_difference() -> None:
 
 
 def test_names_stay_with_a_source_and_its_parts() -> None:
-    turned = aligned(source([2, 0, 1], ("owl", "dog", "cat")), CATS, "it", complete=True)
+    given = source([2, 0, 1], ("owl", "dog", "cat"))
+    given.files = ["a.png", "b.png", "c.png"]
+    turned = aligned(given, CATS, "it", complete=True)
+    assert turned.files == given.files
     assert (list(turned.labels), turned.class_names) == ([0, 2, 1], CATS)
     part = subset(turned, [2, 0])
     assert (part.labels, part.class_names) == ([1, 0], CATS)

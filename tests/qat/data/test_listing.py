@@ -70,6 +70,7 @@ def test_every_extension_that_pillow_reads_is_read_in_any_case(tmp_path: Path) -
     put(tmp_path, *(f"cat/{name}" for name in names))
     source = image_folder(str(tmp_path))
     assert len([source[i] for i in range(len(source))]) == len(names)
+    assert source.files == [f"cat/{name}" for name in sorted(names)]
     assert {".jp2", ".ppm", ".tiff", ".jfif", ".qoi", ".avif"} <= extensions()
     assert not {".pdf", ".h5", ".mpg", ".npy", ".txt"} & extensions()
 
