@@ -21,7 +21,7 @@ SECTION = """## Where should training on few bits start?
 ViT-Ti at 64 pixels on Imagenette: top-1 on {images:,} photos before training, and after one and
 five epochs of the same run on 5,000 photos. The teacher, whose soft labels train it, has
 {teacher:.4f}. W2A2 keeps patch embedding and classifier on 8 bits. Learning rates are chosen on a
-held-out tenth of the training photos. Brackets hold the range over seeds.
+held-out tenth of the training photos. Brackets hold the range over seeds, where there are two.
 The [rows](results/starts.jsonl) are written by
 `python benchmarks/starts.py --rows docs/results/starts.jsonl`.
 
