@@ -103,11 +103,11 @@ PARTS_OF = """## What does each part of MGRQ bring?
 
 The same model and photos at W4A4, one draw: a point between two rows is no difference. All train
 block by block for a minute or a few, on 32 photos and 96 augmented copies. *Block* compares the
-outputs of blocks, *global* adds the importance of tokens or the logits, *local* the outputs of
-layers; *mgrq* has all three, *unfused* adds them as they are, and *adaround* trains the direction
-of rounding in place of the weights. *dopq* is DopQ-ViT in full. All of them are reconstructions.
-The [rows](results/val650_parts.json) are the `metrics.json` of
-`train.py quantize --config ptq/compare_mgrq`.
+outputs of blocks (OBWR), *global* adds the importance of tokens, *logits* the logits of the rest of
+the model (both EBGS), *local* the outputs of layers (IBLS); *mgrq* has the first, second and last.
+*dopq* is DopQ-ViT in full. All of them are reconstructions. The
+[rows](results/val650_parts.json) are runs of `train.py quantize --config ptq/compare_mgrq`, on a
+busy machine, whence the seconds. [Three draws](archive/log_2026-11.md) on other photos agree.
 
 | bits | method | top-1 | agreement | logit error | seconds |
 |---|---|---:|---:|---:|---:|
