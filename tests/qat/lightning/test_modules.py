@@ -416,7 +416,7 @@ def test_metrics_of_validation_are_those_of_the_images(tmp_path: Path) -> None:
 def test_soft_objective_without_a_teacher_and_nothing_to_train_are_refused() -> None:
     with pytest.raises(ValueError, match=r"soft or feature term but there is no teacher"):
         Distillation(make_tiny_vit(), objective=SOFT)
-    with pytest.raises(ValueError, match=r"set model\.model, or model\.teacher"):
+    with pytest.raises(ValueError, match=r"no model: name one, --model, or model\.teacher"):
         Distillation()
 
 
