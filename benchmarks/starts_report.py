@@ -33,8 +33,8 @@ VERDICT = """\
 - At four bits RepQ-ViT and MGRQ end alike, the least error a little lower; the range from the
   smallest to the largest value and LSQ's own start stay behind. MGRQ alone is nearly as good as
   five epochs, and training first loses some of that.
-- PMQ's plan is ten points ahead of uniform widths from the same start before training, and a
-  little ahead after five epochs, at the same operations.
+- PMQ's plan is ten points ahead of uniform widths from the same start before training, and one
+  point after five epochs, at the same operations.
 - At two bits no start answers anything yet. LSQ's own start, from the mean size of the values and
   on grids without a zero point, ends far above all that fit the float model; of those MGRQ is best.
 - On one bit RepQ-ViT's weights end where the teacher's own do.
