@@ -60,7 +60,8 @@ The [rows](results/binaryvit_imagenette.jsonl) are written by
 VERDICT = """\
 - **GRS gains nothing here, in no form tried.** Stronger pulls flip fewer weights and are never
   better; the best are so weak that they change little. The best coupled pull sets in with the last
-  tenth of training. Differences to the baseline are at most 0.005, less than single seeds differ.
+  tenth of training. Mean differences to the baseline are at most 0.005, less than single seeds
+  differ.
 - **ASM gains, in one form of three.** Standardizing each channel (A4) gains {asm:.4f}, more than
   the spread, and leaves hardly a dead channel. It is the form of the recipes. The form nearest to
   the abstract (A2) gains nothing, and a learned scale (A3) loses.
