@@ -6,7 +6,6 @@ python benchmarks/results.py
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from itertools import compress
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -36,7 +35,9 @@ HEAD = """# Results
 Written by `python benchmarks/results.py` from the [recorded runs](results/ledger.jsonl).
 `train.py reproduce NAME` runs a row again and says whether its number holds;
 `benchmarks/ledger.yaml` has the names. Rows of ImageNet need [assets](assets.md). A value is the
-mean of the recorded runs; the band is how far the next may lie from it.
+mean of the recorded runs; the band is how far the next may lie from it. *Agreement* is the share of
+images that the float model answers alike. *Logit error* is how far the outputs before the softmax
+are from the float model's, relative to them.
 """
 SPEED = """## How fast is a binary model?
 
@@ -51,12 +52,10 @@ The [rows](results/inference.jsonl) are written by
 | model | images | engine | ms | times ours |
 |---|---:|---|---:|---:|
 """
-FAST = """**What does one bit save?** A binary DeiT-S of random weights, packed, beside the fastest
-float engine. One image, one thread of a Xeon with AMX.
-
-| float, bytes | packed, bytes | float, ms ({engine}) | packed, ms | command |
-|---:|---:|---:|---:|---|
-| {sizes} | {times} | `python benchmarks/inference.py --batches 1` |
+FAST = """**What does one bit save?** A binary DeiT-S of random weights, packed, takes
+{small:.1f} MB and {fast:.1f} ms an image, on one thread of a Xeon with AMX. In float it takes
+{large:.1f} MB and {slow:.1f} ms by the fastest engine,
+{engine} (`python benchmarks/inference.py --batches 1`).
 """
 PARITY = """## Does a packed file answer as the model it comes from?
 
@@ -88,9 +87,10 @@ eight bits, and that product stays in float. The [rows](results/onnx.jsonl) are 
 
 CALIBRATED = """## What can be had without training?
 
-The ViT-Ti and the 650 photos of [What do minutes buy?](#what-do-minutes-buy), three draws of the
-photos that set the quantizers: the mean with the deviation of one draw. Seconds are those of
-calibration, on one thread. *dopq_calib* is DopQ-ViT's calibration
+The ViT-Ti and the 650 photos
+[above](#what-do-few-bits-keep-and-what-do-minutes-buy), three draws of the photos that set the
+quantizers: the mean with the deviation of one draw. Seconds are those of calibration, on one
+thread. *dopq_calib* is DopQ-ViT's calibration
 (reconstructed), *repq_token* the same attention maps (TanQ) with RepQ-ViT's other ranges searched
 by the error of each token; 32 photos where no number stands. The
 [rows](results/val650_methods.json) are the `metrics.json` of
@@ -215,22 +215,13 @@ def table(question: Question, runs: list[Run]) -> str:
 
 
 def short_table(question: Question, runs: list[Run]) -> str:
-    """The same for the README: without bands, a number that all rows share said once."""
-    rows = {row: _cells(question, found) for row in question.rows if (found := _of(row, runs))}
-    titles, columns = list(question.columns.values()), list(zip(*rows.values(), strict=True))
-    differ = [len(rows) < 2 or len(set(column)) > 1 for column in columns]
-    shared = [
-        f"{title.capitalize()}: {column[0]}."
-        for title, column, kept in zip(titles, columns, differ, strict=True)
-        if not kept
-    ]
-    heads = ["", *compress(titles, differ)]
-    about = " ".join([f"**{question.question}**", question.about, *shared])
-    lines = [fill(about, 170), ""]
-    lines += [f"| {' | '.join(heads)} | command |", f"|---|{'---:|' * (len(heads) - 1)}---|"]
-    for row, cells in rows.items():
-        shown = " | ".join([row.label, *compress(cells, differ)])
-        lines.append(f"| {shown} | `lowbit-vit {row.command}` |")
+    """The same for the README: of the rows it shows, the number that `reproduce` compares."""
+    known = {row.name: row for row in question.rows}
+    lines = [fill(f"**{question.question}** {question.about}", 170), ""]
+    lines += [f"|  | {next(iter(question.columns.values()))} | command |", "|---|---:|---|"]
+    for row in map(known.__getitem__, question.readme):
+        value = _shown(ledger.expected(row, runs).value)
+        lines.append(f"| {row.label} | {value} | `python train.py reproduce {row.name}` |")
     return "\n".join([*lines, ""])
 
 
@@ -254,7 +245,7 @@ def _shown(value: float) -> str:
     return f"{value:.4f}" if value < 2 else f"{value:,.0f}"
 
 
-def speed_table(path: Path = SPEEDS) -> str:
+def speed(path: Path = SPEEDS) -> str:
     """For the README: DeiT-S by the fastest float engine, and on one bit as a packed file."""
     rows = [json.loads(text) for text in path.read_text().splitlines()]
     rows = [row for row in rows if row["model"] == "deit_small_patch16_224" and row["batch"] == 1]
@@ -263,9 +254,13 @@ def speed_table(path: Path = SPEEDS) -> str:
     ours, full = (
         next(row for row in rows if row["engine"] == name) for name in ("ours", "torch float32")
     )
-    sizes = f"{full['size_bytes']:,} | {ours['size_bytes']:,}"
-    times = f"{1e3 * best['seconds_median']:.1f} | {1e3 * ours['seconds_median']:.1f}"
-    return FAST.format(engine=best["engine"].removesuffix(" float32"), sizes=sizes, times=times)
+    return FAST.format(
+        small=ours["size_bytes"] / 1e6,
+        large=full["size_bytes"] / 1e6,
+        fast=1e3 * ours["seconds_median"],
+        slow=1e3 * best["seconds_median"],
+        engine=best["engine"].removesuffix(" float32"),
+    )
 
 
 def with_table(text: str, shown: str) -> str:
@@ -282,7 +277,7 @@ def write(page_path: Path = PAGE, readme: Path = README) -> None:
     questions, runs = ledger.questions(), ledger.runs()
     disk.write(page_path, page(questions, runs))
     shown = [short_table(question, runs) for question in questions if question.readme]
-    disk.write(readme, with_table(readme.read_text(), "\n".join([*shown, speed_table()])))
+    disk.write(readme, with_table(readme.read_text(), "\n".join([*shown, speed()])))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,7 @@ def native_(model: nn.Module) -> list[str]:
     """
     if not kernels.operations():
         raise ValueError(
-            "there are no native kernels here; unset LOWBIT_KERNELS, or install the package again "
-            "where a C++17 compiler is present"
+            f"there are no native kernels here; unset LOWBIT_KERNELS, or {kernels.HOW_TO_BUILD}"
         )
     names = [name for name, module in model.named_modules() if _is_binary(module)]
     if not names:

@@ -50,14 +50,14 @@ class Question:
         about: Under what conditions its numbers hold.
         columns: Keys of `metrics.json`, and their headings.
         rows: Its rows.
-        readme: Whether the README shows it.
+        readme: Names of the rows that the README shows, in its order.
     """
 
     question: str
     about: str
     columns: Mapping[str, str]
     rows: tuple[Row, ...]
-    readme: bool = False
+    readme: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _question(item: dict[str, Any]) -> Question:
         Row(name, row["label"], row["command"], row.get("measure", first), row["band"])
         for name, row in item["rows"].items()
     )
-    known: dict[str, Any] = item | {"rows": tuple(rows)}
+    known: dict[str, Any] = item | {"rows": tuple(rows), "readme": tuple(item.get("readme", ()))}
     return Question(**known)
 
 

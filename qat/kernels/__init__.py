@@ -8,10 +8,17 @@ by one thread unless `set_threads` says otherwise. Imports NumPy only.
 
 from qat.kernels.binary_block import BinaryBlock, BinaryLayer
 from qat.kernels.bounds import bounds
-from qat.kernels.loader import instruction_set, instruction_sets, operations, set_threads
+from qat.kernels.loader import (
+    HOW_TO_BUILD,
+    instruction_set,
+    instruction_sets,
+    operations,
+    set_threads,
+)
 from qat.kernels.plain_block import PlainBlock
 
 __all__ = [
+    "HOW_TO_BUILD",
     "BinaryBlock",
     "BinaryLayer",
     "PlainBlock",

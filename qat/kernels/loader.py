@@ -14,6 +14,10 @@ from qat.kernels.native import Native
 from qat.kernels.products import Products
 from qat.kernels.rows import Rows
 
+HOW_TO_BUILD = (
+    "where a C++17 compiler is present, run `make kernels` in a checkout, or else install the "
+    "package again"
+)
 NAMES = ("amx", "avx512", "avx2", "neon", "portable")
 _VARIABLE = "LOWBIT_KERNELS"
 _HERE = Path(__file__).parent
@@ -27,8 +31,7 @@ def _library() -> ctypes.CDLL | None:
         if path.exists():
             return ctypes.CDLL(str(path))
     logging.getLogger(__name__).warning(
-        "the native kernels were not built, so packed models run by NumPy, slower; "
-        "install the package again where a C++17 compiler is present"
+        "the native kernels were not built, so packed models run by NumPy, slower; %s", HOW_TO_BUILD
     )
     return None
 
