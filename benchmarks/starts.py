@@ -22,10 +22,13 @@ The phases, each of which starts when the one before is complete:
 LSQ itself has no zero point, and RepQ-ViT cannot do without: it folds a channel's offset into the
 norm and leaves one for all. So all starts share `Affine` with trained scales, which has LSQ's
 gradient and a fixed zero point, and differ in nothing but the start; attention maps are uniform
-too. The arm `lsq` is the quantizer LSQ with signed grids from its own start. W2A2 keeps patch
-embedding and classifier on 8 bits. PMQ is compared with `w4a4-repq`, each cure with `w2a2-mse`. A
-tenth of the training images is held out, and only from what is judged on it. The rate of `binary`
-is the best of the phase `lr` of `binaryvit_runs.py`. Codes are watched in every fifth layer.
+too. The arm `lsq` is the quantizer LSQ with signed grids from its own start. Two arms of W2A2 tell
+what that start owes to its grids and what to its steps: `lsq_mse` has the grids with steps of least
+error, `narrow` the other grids with ranges that may cut off a fifth of the values at each end.
+W2A2 keeps patch embedding and classifier on 8 bits. PMQ is compared with `w4a4-repq`, each cure
+with `w2a2-mse`. A tenth of the training images is held out, and only from what is judged on it. The
+rate of `binary` is the best of the phase `lr` of `binaryvit_runs.py`. Codes are watched in every
+fifth layer.
 """
 
 import statistics
@@ -41,6 +44,7 @@ RATES = (3e-4, 1e-3)
 BINARY_RATE = 1e-3
 SEEDS = (0, 1)
 STARTS = ("minmax", "mse", "repq", "mgrq", "lsq")
+WHY = ("lsq_mse", "narrow")
 STRENGTHS = {"pull": (0.03, 0.3), "dampen": (3e-4, 3e-3), "freeze": (0.02, 0.01)}
 
 
@@ -52,6 +56,7 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
         return found
     lr = {bits: _best(rows, "lr", f"{bits}-").lr for bits in widths}
     found.append([Job("starts", f"{b}-{s}", b, s, lr[b]) for s in STARTS for b in widths])
+    found[-1] += [Job("starts", f"w2a2-{s}", "w2a2", s, lr["w2a2"]) for s in WHY]
     found.append([Job("plans", "pmq-repq", "pmq", "repq", lr["w4a4"])])
     found.append([Job("binary", s, "binary", s, BINARY_RATE) for s in ("plain", "repq")])
     seeded = [[replace(job, seed=seed) for job in phase] for seed in SEEDS for phase in found[1:]]

@@ -12,6 +12,8 @@ STARTS = {
     "minmax": "smallest to largest value",
     "mse": "least error",
     "lsq": "LSQ's own, signed grids",
+    "lsq_mse": "least error, signed grids",
+    "narrow": "least error, narrow ranges too",
     "repq": "RepQ-ViT",
     "mgrq": "MGRQ",
     "plain": "the teacher's weights",
@@ -41,26 +43,71 @@ VERDICT = """\
 - Where one seed stands, a point between two starts is no difference. Cures for oscillation are not
   measured: the command continues with them.
 """
+CURES = {
+    None: "none",
+    "pull": "pull to the code, in units of the gradient",
+    "dampen": "dampening",
+    "freeze": "freezing",
+}
+CURED = """
+## Do cures for oscillating weights help at two bits?
+
+The same runs at W2A2 from the start of least error. A weight *oscillates* if its code turned back
+in more than 0.5 % of the steps, by a moving average; *flips* is the share of codes that a step
+changes, the mean over training. Dampening and freezing are those of
+[Nagel et al.](https://arxiv.org/abs/2203.11086), the pull is ours. The strength of each is the
+better of two on held-out photos.
+
+| cure | strength | seeds | top-1 | flips | oscillating, at the end |
+|---|---:|---:|---:|---:|---:|
+{table}
+{verdict}"""
+CURED_VERDICT = ""
+Metrics = dict[str, Any]
 
 
 def section(path: Path = ROWS) -> str:
     """The section of the page."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    starts: dict[tuple[str, str], list[Metrics]] = defaultdict(list)
+    cures: dict[tuple[str | None, float], list[Metrics]] = defaultdict(list)
     for row in rows:
-        if row["evaluated_on"] == "val" and row["settings"]["cure"] is None:
-            groups[row["settings"]["bits"], row["settings"]["start"]].append(row["metrics"])
-    order = [(bits, start) for bits in BITS for start in STARTS if (bits, start) in groups]
-    table = "".join(f"| {_line(*names, groups[names])} |\n" for names in order)
-    first = groups[order[0]][0]
+        found, metrics = row["settings"], row["metrics"]
+        if row["evaluated_on"] != "val":
+            continue
+        if found["cure"] is None:
+            starts[found["bits"], found["start"]].append(metrics)
+        if (found["bits"], found["start"]) == ("w2a2", "mse"):
+            cures[found["cure"], found["strength"]].append(metrics)
+    order = [(bits, start) for bits in BITS for start in STARTS if (bits, start) in starts]
+    cured = sorted(cures, key=lambda names: list(CURES).index(names[0]))
     return SECTION.format(
-        images=first["images"], teacher=rows[0]["teacher_top1"], table=table, verdict=VERDICT
+        images=starts[order[0]][0]["images"],
+        teacher=rows[0]["teacher_top1"],
+        table="".join(f"| {_line(*names, starts[names])} |\n" for names in order),
+        verdict=VERDICT,
+    ) + CURED.format(
+        table="".join(f"| {_cured(*names, cures[names])} |\n" for names in cured),
+        verdict=CURED_VERDICT,
     )
 
 
-def _line(bits: str, start: str, found: list[dict[str, Any]]) -> str:
-    epochs = [f"{fmean(top1):.4f}" for top1 in zip(*(m["top1"] for m in found), strict=True)]
+def _line(bits: str, start: str, found: list[Metrics]) -> str:
+    before, first = (fmean(metrics["top1"][i] for metrics in found) for i in (0, 1))
+    cells = [str(len(found)), f"{before:.4f}", f"{first:.4f}", _last(found)]
+    return " | ".join([BITS[bits], STARTS[start], *cells])
+
+
+def _cured(cure: str | None, strength: float, found: list[Metrics]) -> str:
+    flips = fmean(fmean(metrics["flip_rate_by_epoch"]) for metrics in found)
+    oscillating = fmean(metrics["oscillating_by_epoch"][-1] for metrics in found)
+    shown = "" if cure is None else f"{strength:g}"
+    cells = [str(len(found)), _last(found), f"{flips:.3%}", f"{oscillating:.2%}"]
+    return " | ".join([CURES[cure], shown, *cells])
+
+
+def _last(found: list[Metrics]) -> str:
+    """Mean of the last top-1, and its range over seeds."""
     last = [metrics["top1"][-1] for metrics in found]
-    if len(last) > 1:
-        epochs[-1] += f" ({min(last):.4f} to {max(last):.4f})"
-    return " | ".join([BITS[bits], STARTS[start], str(len(found)), *epochs])
+    ends = f" ({min(last):.4f} to {max(last):.4f})" if len(last) > 1 else ""
+    return f"{fmean(last):.4f}{ends}"

@@ -18,7 +18,7 @@ import qat
 from binaryvit import BinaryQuantizers
 from binaryvit.convert import react_
 from ptq_init.mgrq import MGRQ
-from ptq_init.minmax import MinMaxRange
+from ptq_init.minmax import MinMaxRange, calibrate_by
 from ptq_init.percentile_mse import PercentileMSERange
 from ptq_init.repq_vit import RepQViT
 from qat.cost.count import cost
@@ -34,8 +34,13 @@ from qat.spec import QuantSpec
 
 EPOCHS, IMAGES, CALIBRATION = 5, 5000, 256
 TRAINED_SCALES = partial(Affine, learn_scale=True)
+SIGNED = {"lsq": LSQ, "lsq_mse": partial(LSQ, observer=PercentileMSE)}
+"""Starts with LSQ's grids, and the quantizer of each."""
+NARROW = partial(PercentileMSE, fractions=(0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 0.99999))
 START: dict[str, Callable[[nn.Module, Iterable[Tensor]], None]] = {
     "lsq": qat.calibrate,
+    "lsq_mse": qat.calibrate,
+    "narrow": lambda model, batches: calibrate_by(model, batches, NARROW),
     "minmax": MinMaxRange(),
     "mse": PercentileMSERange(),
     "repq": RepQViT(),
@@ -126,9 +131,9 @@ def _started(job: Job, pool: dict[str, Any], images: Tensor, cache: Path) -> nn.
         return _binary(job.start, pool, images)
     if job.bits == "pmq" and not (cache / "pmq.yaml").exists():
         _search(pool, images).save(cache / "pmq.yaml")
-    plain = job.start == "lsq"
-    factory = LSQ if plain else TRAINED_SCALES
-    return _converted(plan_of(job.bits, cache, not plain), factory, START[job.start], pool, images)
+    factory = SIGNED.get(job.start, TRAINED_SCALES)
+    plan = plan_of(job.bits, cache, zero_point=job.start not in SIGNED)
+    return _converted(plan, factory, START[job.start], pool, images)
 
 
 def _converted(plan: Plan, factory: Any, start: Any, pool: Any, images: Tensor) -> nn.Module:
