@@ -16,7 +16,7 @@ The phases, each of which starts when the one before is complete:
     starts    W4A4 and W2A2 from each start, two seeds       judged on `val`
     plans     PMQ at the operations of W4A4, from RepQ       judged on `val`
     binary    one bit, from plain and from RepQ's weights    judged on `val`
-    strength  two strengths of each cure at W2A2, from MSE   judged on held-out images
+    strength  two strengths of each cure, W2A2 from `narrow` judged on held-out images
     cures     the better strength, two seeds                 judged on `val`
 
 LSQ itself has no zero point, and RepQ-ViT cannot do without: it folds a channel's offset into the
@@ -26,7 +26,7 @@ too. The arm `lsq` is the quantizer LSQ with signed grids from its own start. Tw
 what that start owes to its grids and what to its steps: `lsq_mse` has the grids with steps of least
 error, `narrow` the other grids with ranges that may cut off a fifth of the values at each end.
 W2A2 keeps patch embedding and classifier on 8 bits. PMQ is compared with `w4a4-repq`, each cure
-with `w2a2-mse`. A tenth of the training images is held out, and only from what is judged on it. The
+with `w2a2-narrow`. A tenth of the training images is held out, and only from what is judged on it. The
 rate of `binary` is the best of the phase `lr` of `binaryvit_runs.py`. Codes are watched in every
 fifth layer.
 """
@@ -62,7 +62,7 @@ def phases(rows: list[Row], finished: set[str]) -> list[list[Job]]:
     seeded = [[replace(job, seed=seed) for job in phase] for seed in SEEDS for phase in found[1:]]
     found = [found[0], *seeded]
     searched = [
-        Job("strength", f"{cure}-{strength:g}", "w2a2", "mse", lr["w2a2"], 0, cure, strength)
+        Job("strength", f"{cure}-{strength:g}", "w2a2", "narrow", lr["w2a2"], 0, cure, strength)
         for cure, strengths in STRENGTHS.items()
         for strength in strengths
     ]

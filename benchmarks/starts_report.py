@@ -52,7 +52,7 @@ CURES = {
 CURED = """
 ## Do cures for oscillating weights help at two bits?
 
-The same runs at W2A2 from the start of least error. A weight *oscillates* if its code turned back
+The same runs at W2A2 from the start with narrow ranges. A weight *oscillates* if its code turned back
 in more than 0.5 % of the steps, by a moving average; *flips* is the share of codes that a step
 changes, the mean over training. Dampening and freezing are those of
 [Nagel et al.](https://arxiv.org/abs/2203.11086), the pull is ours. The strength of each is the
@@ -77,7 +77,7 @@ def section(path: Path = ROWS) -> str:
             continue
         if found["cure"] is None:
             starts[found["bits"], found["start"]].append(metrics)
-        if (found["bits"], found["start"]) == ("w2a2", "mse"):
+        if (found["bits"], found["start"]) == ("w2a2", "narrow"):
             cures[found["cure"], found["strength"]].append(metrics)
     order = [(bits, start) for bits in BITS for start in STARTS if (bits, start) in starts]
     cured = sorted(cures, key=lambda names: list(CURES).index(names[0]))
