@@ -27,6 +27,7 @@ from qat.quantizers.slots import slot_of
 
 ASSETS = Path(os.environ.get("LOWBIT_ASSETS", "../shared"))
 PHOTOS = ASSETS / "data" / "imagenet-val650"
+NUM_IMAGES, BATCH = 100, 20
 FLOAT = ASSETS / "weights" / "vit_tiny_patch16_224.safetensors"
 
 
@@ -48,6 +49,11 @@ def set_all(quantizers: Iterable[Quantizer], phase: Phase) -> None:
         quantizer.phase = phase
 
 
+def answered(model: torch.nn.Module, images: Tensor) -> Tensor:
+    """Logits, by batches that stay in the cache."""
+    return torch.cat([model(part) for part in images.split(BATCH)])
+
+
 @torch.no_grad()
 def main(path: str) -> None:
     """Print the table."""
@@ -55,11 +61,11 @@ def main(path: str) -> None:
     model = qat.load(path).eval()
     source = labelled_folder(str(PHOTOS / "images"), str(PHOTOS / "labels.tsv"), 1000)
     prepare = preparing(expected_by(model))
-    images = torch.stack([torch.from_numpy(prepare(source.image(i))) for i in range(100)])
-    exact = qat.timm_model("vit_tiny_patch16_224", weights=FLOAT).eval()(images)
+    images = torch.stack([torch.from_numpy(prepare(source.image(i))) for i in range(NUM_IMAGES)])
+    exact = answered(qat.timm_model("vit_tiny_patch16_224", weights=FLOAT).eval(), images)
 
     def distance() -> tuple[float, float]:
-        answers: Tensor = model(images)
+        answers = answered(model, images)
         logs = answers.log_softmax(1), exact.log_softmax(1)
         kl = torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean")
         return float(kl), float((answers - exact).norm() / exact.norm())

@@ -26,9 +26,9 @@ too. The arm `lsq` is the quantizer LSQ with signed grids from its own start. Tw
 what that start owes to its grids and what to its steps: `lsq_mse` has the grids with steps of least
 error, `narrow` the other grids with ranges that may cut off a fifth of the values at each end.
 W2A2 keeps patch embedding and classifier on 8 bits. PMQ is compared with `w4a4-repq`, each cure
-with `w2a2-narrow`. A tenth of the training images is held out, and only from what is judged on it. The
-rate of `binary` is the best of the phase `lr` of `binaryvit_runs.py`. Codes are watched in every
-fifth layer.
+with `w2a2-narrow`. A tenth of the training images is held out, and only from what is judged on it.
+The rate of `binary` is the best of the phase `lr` of `binaryvit_runs.py`. Codes are watched in
+every fifth layer.
 """
 
 import statistics

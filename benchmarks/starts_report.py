@@ -52,9 +52,9 @@ CURES = {
 CURED = """
 ## Do cures for oscillating weights help at two bits?
 
-The same runs at W2A2 from the start with narrow ranges. A weight *oscillates* if its code turned back
-in more than 0.5 % of the steps, by a moving average; *flips* is the share of codes that a step
-changes, the mean over training. Dampening and freezing are those of
+The same runs at W2A2 from the start with narrow ranges. A weight *oscillates* if its code turned
+back in more than 0.5 % of the steps, by a moving average; *flips* is the share of codes that a
+step changes, the mean over training. Dampening and freezing are those of
 [Nagel et al.](https://arxiv.org/abs/2203.11086), the pull is ours. The strength of each is the
 better of two on held-out photos.
 
