@@ -36,10 +36,10 @@ def groups(model: torch.nn.Module) -> dict[str, list[Quantizer]]:
     found: dict[str, list[Quantizer]] = defaultdict(list)
     for path, quantizer in quantizers(model):
         slot = slot_of(path, quantizer)
-        block, kind = re.fullmatch(r"(blocks\.\d+)?\.?(.*)", str(slot)).groups()  # type: ignore[union-attr]
-        found[kind].append(quantizer)
+        block = re.match(r"blocks\.\d+", slot.module)
+        found[re.sub(r"^blocks\.\d+\.", "", str(slot))].append(quantizer)
         if block:
-            found[block].append(quantizer)
+            found[block.group()].append(quantizer)
     return found
 
 
@@ -62,7 +62,7 @@ def main(path: str) -> None:
     source = labelled_folder(str(PHOTOS / "images"), str(PHOTOS / "labels.tsv"), 1000)
     prepare = preparing(expected_by(model))
     images = torch.stack([torch.from_numpy(prepare(source.image(i))) for i in range(NUM_IMAGES)])
-    exact = answered(qat.timm_model("vit_tiny_patch16_224", weights=FLOAT).eval(), images)
+    exact = answered(qat.timm_model("vit_tiny_patch16_224", weights=str(FLOAT)).eval(), images)
 
     def distance() -> tuple[float, float]:
         answers = answered(model, images)

@@ -16,19 +16,19 @@ The phases, each of which starts when the one before is complete:
     starts    W4A4 and W2A2 from each start, two seeds       judged on `val`
     plans     PMQ at the operations of W4A4, from RepQ       judged on `val`
     binary    one bit, from plain and from RepQ's weights    judged on `val`
-    strength  two strengths of each cure, W2A2 from `narrow` judged on held-out images
+    strength  two strengths of each cure at W2A2, `narrow`   judged on held-out images
     cures     the better strength, two seeds                 judged on `val`
 
 LSQ itself has no zero point, and RepQ-ViT cannot do without: it folds a channel's offset into the
 norm and leaves one for all. So all starts share `Affine` with trained scales, which has LSQ's
 gradient and a fixed zero point, and differ in nothing but the start; attention maps are uniform
 too. The arm `lsq` is the quantizer LSQ with signed grids from its own start. Two arms of W2A2 tell
-what that start owes to its grids and what to its steps: `lsq_mse` has the grids with steps of least
-error, `narrow` the other grids with ranges that may cut off a fifth of the values at each end.
-W2A2 keeps patch embedding and classifier on 8 bits. PMQ is compared with `w4a4-repq`, each cure
-with `w2a2-narrow`. A tenth of the training images is held out, and only from what is judged on it.
-The rate of `binary` is the best of the phase `lr` of `binaryvit_runs.py`. Codes are watched in
-every fifth layer.
+what that start owes to its grids and what to its steps: `lsq_mse` has the grids with the ranges of
+`mse`, those of RepQ-ViT's code; `narrow` has the other grids with the default candidates of least
+error, of which some cut off more on so few bits. W2A2 keeps patch embedding and classifier on 8
+bits. PMQ is compared with `w4a4-repq`, each cure with `w2a2-narrow`. A tenth of the training images
+is held out, and only from what is judged on it. The rate of `binary` is the best of the phase `lr`
+of `binaryvit_runs.py`. Codes are watched in every fifth layer.
 """
 
 import statistics

@@ -10,10 +10,10 @@ ROWS = Path(__file__).parents[1] / "docs" / "results" / "starts.jsonl"
 BITS = {"w4a4": "W4A4", "pmq": "PMQ at the operations of W4A4", "w2a2": "W2A2", "binary": "one bit"}
 STARTS = {
     "minmax": "smallest to largest value",
-    "mse": "least error",
+    "mse": "least error, of RepQ-ViT's ranges",
     "lsq": "LSQ's own, signed grids",
-    "lsq_mse": "least error, signed grids",
-    "narrow": "least error, narrow ranges too",
+    "lsq_mse": "the same, signed grids",
+    "narrow": "least error, narrower ranges too",
     "repq": "RepQ-ViT",
     "mgrq": "MGRQ",
     "plain": "the teacher's weights",

@@ -25,6 +25,7 @@ from qat.cost.count import cost
 from qat.layers import quantized_weights
 from qat.plan import Plan
 from qat.quantizers import LSQ, Affine, PercentileMSE
+from qat.quantizers.percentile_mse import OFFICIAL
 from qat.search import pmq
 from qat.search.allocate import best
 from qat.search.metrics import TokenFisher
@@ -34,15 +35,15 @@ from qat.spec import QuantSpec
 
 EPOCHS, IMAGES, CALIBRATION = 5, 5000, 256
 TRAINED_SCALES = partial(Affine, learn_scale=True)
-SIGNED = {"lsq": LSQ, "lsq_mse": partial(LSQ, observer=PercentileMSE)}
+WIDE = partial(PercentileMSE, fractions=OFFICIAL)
+SIGNED = {"lsq": LSQ, "lsq_mse": partial(LSQ, observer=WIDE)}
 """Starts with LSQ's grids, and the quantizer of each."""
-NARROW = partial(PercentileMSE, fractions=(0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 0.99999))
 START: dict[str, Callable[[nn.Module, Iterable[Tensor]], None]] = {
     "lsq": qat.calibrate,
     "lsq_mse": qat.calibrate,
-    "narrow": lambda model, batches: calibrate_by(model, batches, NARROW),
+    "narrow": PercentileMSERange(),
     "minmax": MinMaxRange(),
-    "mse": PercentileMSERange(),
+    "mse": lambda model, batches: calibrate_by(model, batches, WIDE),
     "repq": RepQViT(),
     "mgrq": MGRQ(),
 }

@@ -1,4 +1,4 @@
-"""Percentile-MSE calibration: of three quantile ranges, the one of least squared error.
+"""Percentile-MSE calibration: of a few quantile ranges, the one of least squared error.
 
 The search of RepQ-ViT (`qat.quantizers.PercentileMSE`) without its reparametrization: what remains
 of the method when LayerNorm outputs keep one scale for all channels.

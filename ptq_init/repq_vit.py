@@ -45,6 +45,7 @@ from qat.quantizers import (
     quantizers,
     set_phase,
 )
+from qat.quantizers.percentile_mse import OFFICIAL
 from qat.spec import Granularity, QuantSpec
 from qat.trace import trace
 
@@ -92,8 +93,8 @@ class RepQViT:
 
     Attributes:
         mode: `code` as the official repository, `paper` with an integer common zero point.
-        per_token: Weight the error of each token by its inverse energy in the search of ranges;
-            not part of the paper, see `PercentileMSE`.
+        per_token: Weight the error of each token by its inverse energy in the search of ranges, and
+            try narrower ones on three bits and fewer; not part of the paper, see `PercentileMSE`.
     """
 
     mode: Literal["code", "paper"] = "code"
@@ -109,7 +110,8 @@ class RepQViT:
                 can be reparametrized.
         """
         images = joined(batches)
-        observer = partial(PercentileMSE, per_token=self.per_token)
+        found = {"per_token": True} if self.per_token else {"fractions": OFFICIAL}
+        observer = partial(PercentileMSE, **found)
         with untouched_on_error(model):
             pairs = calibrate_channels(model, images, observer, journal)
             reparametrize_norms(model, images, pairs, MODES[self.mode], observer)
@@ -139,7 +141,7 @@ def calibrate_channels(
     pairs = norm_pairs(model, journal)
     for pair in pairs:
         spec = QuantSpec(max(2, pair.own.spec.bits), False, Granularity.PER_CHANNEL)
-        channels = Affine(spec, pair.own.shape, pair.own.operand, observer=PercentileMSE)
+        channels = Affine(spec, pair.own.shape, pair.own.operand, observer=observer)
         pair.linear.input_quantizer = channels.to(pair.linear.weight)
     with observed_by(model, observer):
         calibrate_in_order(model, images)

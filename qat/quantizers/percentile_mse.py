@@ -7,6 +7,10 @@ from torch import Tensor
 from qat.quantizers.observers import Observer, in_parts, scale_of_range, squared_errors
 from qat.spec import QuantSpec
 
+OFFICIAL = (0.999, 0.9999, 0.99999)
+"""Candidates of RepQ-ViT's code, which is for four bits and more."""
+NARROW, NARROW_BITS = (0.9, 0.95, 0.98, 0.99), 3
+"""Candidates beside them up to so many bits, where the least error lies."""
 BLOCK = 64
 """Neighbours of which a search for the outermost values looks at the outermost one first."""
 
@@ -17,11 +21,13 @@ class PercentileMSE(Observer):
     The first batch fixes the candidates, between the quantiles 1 - p and p for each p; the errors
     of all batches choose among them. All scales are searched at once. The range need not contain
     zero. Source: official code of RepQ-ViT (https://github.com/zkkli/RepQ-ViT), which loops.
+    Deviation: on three bits and fewer, where the least error lies at ranges that cut off more, as
+    much as a tenth of the values at each end is tried too.
 
     Args:
         spec: Bits, sign and granularity of the operand.
         shape: Its trailing shape.
-        fractions: The candidates p.
+        fractions: The candidates p; None for those of the width.
         per_token: Divide the error of each token by its energy, so that the few tokens of a vision
             transformer with huge features do not decide the range of all. Not part of RepQ-ViT.
             Has no effect on weights, attention maps and channel-wise scales.
@@ -36,10 +42,12 @@ class PercentileMSE(Observer):
         self,
         spec: QuantSpec,
         shape: tuple[int, ...],
-        fractions: tuple[float, ...] = (0.999, 0.9999, 0.99999),
+        fractions: tuple[float, ...] | None = None,
         per_token: bool = False,
     ) -> None:
         super().__init__(spec, shape)
+        if fractions is None:
+            fractions = (*NARROW, *OFFICIAL) if spec.bits <= NARROW_BITS else OFFICIAL
         if not fractions or not all(0.5 < fraction <= 1 for fraction in fractions):
             raise ValueError(f"PercentileMSE.fractions must be in (0.5, 1], got {fractions}")
         self.fractions = tuple(fractions)

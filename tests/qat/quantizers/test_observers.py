@@ -9,7 +9,7 @@ from qat import Granularity, QuantSpec
 from qat.quantizers import MSE, MinMax, Observer, ObserverFactory, Percentile
 from qat.quantizers.lsq import MeanMagnitude
 from qat.quantizers.observers import scale_of_range
-from qat.quantizers.percentile_mse import upper_quantiles
+from qat.quantizers.percentile_mse import OFFICIAL, PercentileMSE, upper_quantiles
 
 PER_CHANNEL = Granularity.PER_CHANNEL
 EVERY = pytest.mark.parametrize("make", [MinMax, Percentile, MSE, MeanMagnitude])
@@ -169,3 +169,16 @@ def test_upper_quantiles_of_a_long_row_are_exact(kind: str) -> None:
     fractions = (0.999, 0.9999, 0.99999, 1.0)
     exact = row.double().quantile(torch.tensor(fractions, dtype=torch.float64), dim=1)
     torch.testing.assert_close(upper_quantiles(row, fractions), exact.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ranges_of_least_error_cut_off_more_on_three_bits_and_fewer(bits: int) -> None:
+    x, spec = torch.randn(4096, generator=torch.Generator().manual_seed(0)), QuantSpec(bits, False)
+    ours, official = (
+        _range(PercentileMSE(spec, (4096,), fractions), x) for fractions in (None, OFFICIAL)
+    )
+    if bits < 4:
+        assert _squared_error(x, ours, spec) < 0.8 * _squared_error(x, official, spec)
+        assert ours[0] > official[0] and ours[1] < official[1]
+    else:
+        assert ours == official
