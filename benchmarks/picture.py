@@ -1,13 +1,10 @@
-"""Draws docs/pictures/ptq.svg from `docs/results/overview.json` and the ledger's mixed rows.
+"""Draws docs/pictures/ptq.svg, the picture of the README, from the rows of the ledger.
 
 python benchmarks/picture.py
-
-The first is the `metrics.json` of `train.py quantize --config ptq/overview`.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 import vl_convert
@@ -15,26 +12,29 @@ import vl_convert
 from qat.cli import ledger
 from qat.cli.charts.theme import BLUE, RED, SKY, layer, layered, pictured
 
-OVERVIEW = ledger.ROOT / "docs" / "results" / "overview.json"
 PICTURE = ledger.ROOT / "docs" / "pictures" / "ptq.svg"
 METHODS = {
     "mixed_ten": ("PMQ, then MGRQ (reconstructed): ten minutes", BLUE),
-    "mgrq": ("MGRQ: trains block by block, a minute", SKY),
-    "repq": ("RepQ-ViT: rescales layers, seconds", RED),
-    "mse": ("range of least error", "#6E7781"),
-    "minmax": ("range from smallest to largest", "#AFB8C1"),
+    "minute": ("MGRQ (reconstructed): a minute", SKY),
+    "repq": ("RepQ-ViT: seconds", RED),
+    "minmax": ("range from smallest to largest value", "#AFB8C1"),
 }
-"""Label and colour of each method's line."""
+"""Label and colour of each method's line; its rows are `val_<bits>_<method>`."""
 BITS = {"w8a8": "8 bits", "w6a6": "6 bits", "w4a4": "4 bits", "w3a3": "3 bits"}
+COMPARED = ledger.ROOT / "docs" / "results" / "val650_methods.json"
+"""A run on the same photos, which has the float model's top-1."""
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(path: Path = PICTURE) -> None:
     """A line a method over bits, and the float model above them."""
-    labels, colours = zip(*METHODS.values(), strict=True)
+    found = {run["name"]: run["measures"]["top1"] for run in ledger.runs()}
     points = [
-        {"bits": BITS[row["bits"]], "method": METHODS[row["method"]][0], "top1": row["top1"]}
-        for row in rows
+        {"bits": label, "method": METHODS[method][0], "top1": found[name]}
+        for method in METHODS
+        for bits, label in BITS.items()
+        if (name := f"val_{bits}_{method}") in found
     ]
+    labels, colours = zip(*METHODS.values(), strict=True)
     percent = alt.Axis(format=".0%", tickCount=5)
     y = alt.Y("top1:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=percent)
     axis = alt.Axis(labelAngle=0)
@@ -52,7 +52,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             scale=alt.Scale(domain=labels, range=colours),
         ),
     )
-    top1 = rows[0]["top1_float"]
+    top1 = json.loads(COMPARED.read_text())["table"][0]["top1_float"]
     exact = layer([{"top1": top1, "text": f"32-bit float, {top1:.0%}"}]).encode(y=y)
     text = exact.mark_text(align="right", dy=-8).encode(text="text:N", x=alt.value("width"))
     rule = exact.mark_rule(strokeDash=[4, 3], opacity=0.7)
@@ -62,15 +62,5 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     path.write_text(vl_convert.vegalite_to_svg(pictured([drawn])))
 
 
-def mixed() -> list[dict[str, Any]]:
-    """What the ledger has of the best known method, at the operations of each width."""
-    found = {run["name"]: run["measures"]["top1"] for run in ledger.runs()}
-    return [
-        {"bits": bits, "method": "mixed_ten", "top1": found[name]}
-        for bits in BITS
-        if (name := f"val_{bits}_mixed_ten") in found
-    ]
-
-
 if __name__ == "__main__":
-    draw([*json.loads(OVERVIEW.read_text())["table"], *mixed()], PICTURE)
+    draw()

@@ -268,10 +268,14 @@ def test_misspelt_recipe_is_answered_by_the_shipped_one() -> None:
         load_recipe("ptq/imagenet_vit_tiny_w4a4_repqq")
 
 
-def test_settings_of_a_grid_stay_plain_data_until_they_are_laid_over_the_recipe() -> None:
+def test_settings_of_a_grid_stay_plain_data_until_they_are_laid_over_the_recipe(
+    tmp_path: Path,
+) -> None:
     """Parsed on their own they would take the defaults of components, which nobody asked for."""
-    parsed = make_parser("quantize").parse_args(["--config", "ptq/overview"])
-    assert parsed.grid == load_recipe("ptq/overview")["grid"]
+    grid = "grid: {method: {mgrq: {base: ptq/parts/mgrq}}}"
+    recipe = _write(tmp_path / "r.yaml", f"base: ptq/digits\n{grid}")
+    parsed = make_parser("quantize").parse_args(["--config", str(recipe)])
+    assert parsed.grid == load_recipe(recipe)["grid"]
     assert parsed.grid["method"]["mgrq"]["model"]["quantizer"]["init_args"] == {
         "attention": "qat.quantizers.TanQ"
     }
@@ -281,7 +285,7 @@ def test_settings_of_a_grid_stay_plain_data_until_they_are_laid_over_the_recipe(
 def test_grid_that_is_no_mapping_of_axes_is_refused(
     grid: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["quantize", "--config", "ptq/imagenet_vit_tiny_w4a4_repq", "--grid", grid]) == 2
+    assert main(["quantize", "--config", "ptq/digits", "--grid", grid]) == 2
     assert "a grid is a mapping" in capsys.readouterr().err
 
 
