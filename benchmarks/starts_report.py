@@ -23,7 +23,7 @@ SECTION = """## Where should training on few bits start?
 ViT-Ti at 64 pixels on Imagenette: top-1 on {images:,} photos before training, and after one and
 five epochs of the same run on 5,000 photos. The teacher, whose soft labels train it, has
 {teacher:.4f}. W2A2 keeps patch embedding and classifier on 8 bits. Learning rates are chosen on a
-held-out tenth of the training photos. Brackets hold the range over seeds, where there are two.
+held-out tenth of the training photos. Brackets hold the range over seeds.
 The [rows](results/starts.jsonl) are written by
 `python benchmarks/starts.py --rows docs/results/starts.jsonl`.
 
@@ -37,11 +37,12 @@ VERDICT = """\
   five epochs, and training first loses some of that.
 - PMQ's plan is ten points ahead of uniform widths from the same start before training, and one
   point after five epochs, at the same operations.
-- At two bits no start answers anything yet. LSQ's own start, from the mean size of the values and
-  on grids without a zero point, ends far above all that fit the float model; of those MGRQ is best.
+- At two bits no start answers anything yet, and how much of the values the ranges cut off decides.
+  Where narrower ranges are tried too, the least error ends highest, and MGRQ, which starts there,
+  gains nothing more. The candidates of RepQ-ViT's code are for four bits and more. LSQ's own start
+  cuts off more than they do and less than the least error, on grids without a zero point; such
+  grids alone, with RepQ-ViT's ranges, are worse.
 - On one bit RepQ-ViT's weights end where the teacher's own do.
-- Where one seed stands, a point between two starts is no difference. Cures for oscillation are not
-  measured: the command continues with them.
 """
 CURES = {
     None: "none",
