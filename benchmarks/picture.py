@@ -27,7 +27,7 @@ COMPARED = ledger.ROOT / "docs" / "results" / "val650_methods.json"
 
 def draw(path: Path = PICTURE) -> None:
     """A line a method over bits, and the float model above them."""
-    found = {run["name"]: run["measures"]["top1"] for run in ledger.runs()}
+    found = {run["name"]: run["measures"].get("top1") for run in ledger.runs()}
     points = [
         {"bits": label, "method": METHODS[method][0], "top1": found[name]}
         for method in METHODS
