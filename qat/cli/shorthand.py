@@ -48,8 +48,8 @@ def model(word: str) -> Any:
 
 
 def folder(word: str, split: str = "all") -> Any:
-    """The source of the photos in a folder; a dotted path of Python is left as it is."""
-    if not Path(word).is_dir():
+    """The source of the photos in a folder; a path of Python, and data, stay as they are."""
+    if not Path(word).is_dir() and (_is_data(word) or Path(word).name == word):
         return word
     return _component("qat.data.sources.image_folder", root=word, split=split)
 
@@ -115,8 +115,11 @@ def _of_string(flag: str) -> Meaning | None:
 
 
 def _one(key: str, _: str, word: str) -> Mapping[str, Any]:
-    is_data = word.lstrip().startswith(("{", "null"))
-    return {key: word if is_data else STRINGS[key](word)}
+    return {key: word if _is_data(word) else STRINGS[key](word)}
+
+
+def _is_data(word: str) -> bool:
+    return word.lstrip().startswith(("{", "null"))
 
 
 def _component(class_path: str, **arguments: Any) -> dict[str, Any]:

@@ -68,6 +68,16 @@ def test_file_that_is_not_there_is_named_as_a_file(
     assert f"error: no file '{name}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["/absent", "absent/photos"])
+def test_folder_that_is_not_there_is_named_as_a_folder(
+    name: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--config", "qat/photos", "--model", checkpoint, "--data", name)
+    assert runs.run("fit", *words) != 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: image folder '{name}' cannot be read")
+
+
 def test_class_path_and_plain_data_are_left_to_the_parser() -> None:
     for value in ("my.package.build", '{"class_path": "my.package.build"}', "null"):
         words = ["--model.model", value]
